@@ -1,0 +1,9 @@
+"""TurboQuant for NumPy and CuPy arrays: near-optimal 1-8 bit vector quantisation, online."""
+
+from ._spec import FORMAT_VERSION
+from .config import TurboQuantConfig
+from .quantizer import TurboQuant
+
+__version__ = "0.1.0"
+
+__all__ = ["FORMAT_VERSION", "TurboQuant", "TurboQuantConfig", "__version__"]

@@ -1,0 +1,129 @@
+"""Arrays on their way in and out: which library owns them, and how its kind is given back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
+
+GiveBack = Callable[[Any], Any]
+
+_DLPACK_CPU_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost
+_DLPACK_CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged
+
+
+def float_dtype(dtype: Any) -> np.dtype[Any]:
+    """The NumPy dtype for "float16", np.float32, torch.bfloat16, ml_dtypes.bfloat16, ...
+
+    Raises
+    ------
+    TypeError
+        If it is none of float16, bfloat16, float32, float64.
+    ImportError
+        If bfloat16 is asked for without ml_dtypes.
+    """
+    if isinstance(dtype, type) and issubclass(dtype, np.generic):
+        name = np.dtype(dtype).name
+    else:
+        name = str(dtype).rpartition(".")[2].strip("'>")  # "torch.float16" -> "float16"
+        name = {"float": "float64", "half": "float16", "double": "float64"}.get(name, name)
+    if name not in FLOAT_NAMES:
+        raise TypeError(f"dtype must be one of {', '.join(FLOAT_NAMES)}, got {dtype!r}")
+    return _bfloat16() if name == "bfloat16" else np.dtype(name)
+
+
+def _bfloat16() -> np.dtype[Any]:
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise ImportError(
+            "bfloat16 needs ml_dtypes: pip install 'turboquant-np[bfloat16]'"
+        ) from error
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def take_in(x: Any, name: str) -> tuple[Any, GiveBack]:
+    """View `x` as a NumPy or CuPy array, without a copy, and say how to give results back.
+
+    NumPy and CuPy arrays pass; other producers of DLPack (torch, JAX, array_api_strict, ...) are
+    viewed by the library that owns their memory, and results return as arrays of their library.
+
+    Raises
+    ------
+    TypeError
+        If `x` is no array, a masked array, or lives on a device that is neither a CPU nor CUDA.
+    """
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, whose mask would be lost; fill or drop it first"
+        )
+    if isinstance(x, np.ndarray):
+        return x, _as_is
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return x, _as_is
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return _from_torch(x, torch, name), lambda result: _to_torch(result, torch)
+    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+        namespace = x.__array_namespace__() if hasattr(x, "__array_namespace__") else None
+        return _from_dlpack(x, name), lambda result: _to_namespace(result, namespace)
+    raise TypeError(
+        f"{name} must be a NumPy or CuPy array or offer DLPack (torch, JAX, ...), "
+        f"got {type(x).__module__}.{type(x).__qualname__}; numpy.asarray converts sequences"
+    )
+
+
+def native(array: Any) -> Any:
+    """The same values in native byte order; a copy only where the order differs."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _as_is(result: Any) -> Any:
+    return result
+
+
+def _from_dlpack(x: Any, name: str) -> Any:
+    device = int(x.__dlpack_device__()[0])
+    if device in _DLPACK_CPU_DEVICES:
+        try:
+            return np.from_dlpack(x)
+        except (BufferError, RuntimeError):  # bfloat16 has no NumPy type in DLPack
+            return np.asarray(x)
+    if device in _DLPACK_CUDA_DEVICES:
+        try:
+            import cupy
+        except ImportError as error:
+            raise TypeError(
+                f"{name} lives on a GPU; install CuPy: pip install 'turboquant-np[cuda12]' (or cuda13)"
+            ) from error
+        return cupy.from_dlpack(x)
+    raise TypeError(
+        f"{name} lives on DLPack device type {device}; move it to a CPU or a CUDA device"
+    )
+
+
+def _from_torch(x: Any, torch: Any, name: str) -> Any:
+    if x.requires_grad:
+        raise TypeError(f"{name} requires grad, and quantising has no gradient; pass x.detach()")
+    if x.dtype == torch.bfloat16:
+        return _from_dlpack(x.view(torch.int16), name).view(_bfloat16())
+    return _from_dlpack(x, name)
+
+
+def _to_torch(result: Any, torch: Any) -> Any:
+    if result.dtype.name == "bfloat16":
+        return torch.from_dlpack(result.view(np.int16)).view(torch.bfloat16)
+    return torch.from_dlpack(result)
+
+
+def _to_namespace(result: Any, namespace: Any) -> Any:
+    if namespace is None:
+        return result
+    if result.dtype.name == "bfloat16" or not hasattr(namespace, "from_dlpack"):
+        return namespace.asarray(result)
+    return namespace.from_dlpack(result)
