@@ -10,13 +10,14 @@ import numpy as np
 
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 
+Dtype = np.dtype[Any]
 GiveBack = Callable[[Any], Any]
 
 _DLPACK_CPU_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost
 _DLPACK_CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
-def float_dtype(dtype: Any) -> np.dtype[Any]:
+def float_dtype(dtype: Any) -> Dtype:
     """The NumPy dtype for "float16", np.float32, torch.bfloat16, ml_dtypes.bfloat16, ...
 
     Raises
@@ -26,24 +27,24 @@ def float_dtype(dtype: Any) -> np.dtype[Any]:
     ImportError
         If bfloat16 is asked for without ml_dtypes.
     """
-    if isinstance(dtype, type) and issubclass(dtype, np.generic):
-        name = np.dtype(dtype).name
-    else:
-        name = str(dtype).rpartition(".")[2].strip("'>")  # "torch.float16" -> "float16"
-        name = {"float": "float64", "half": "float16", "double": "float64"}.get(name, name)
+    try:
+        name = np.dtype(dtype).name if dtype is not None else "None"
+    except TypeError:  # "bfloat16" before ml_dtypes is imported, torch.float16, ...
+        name = str(dtype).rpartition(".")[2]
     if name not in FLOAT_NAMES:
         raise TypeError(f"dtype must be one of {', '.join(FLOAT_NAMES)}, got {dtype!r}")
     return _bfloat16() if name == "bfloat16" else np.dtype(name)
 
 
-def _bfloat16() -> np.dtype[Any]:
+def _bfloat16() -> Dtype:
     try:
         import ml_dtypes
     except ImportError as error:
         raise ImportError(
             "bfloat16 needs ml_dtypes: pip install 'turboquant-np[bfloat16]'"
         ) from error
-    return np.dtype(ml_dtypes.bfloat16)
+    dtype: Dtype = np.dtype(ml_dtypes.bfloat16)
+    return dtype
 
 
 def take_in(x: Any, name: str) -> tuple[Any, GiveBack]:
@@ -99,7 +100,7 @@ def _from_dlpack(x: Any, name: str) -> Any:
             import cupy
         except ImportError as error:
             raise TypeError(
-                f"{name} lives on a GPU; install CuPy: pip install 'turboquant-np[cuda12]' (or cuda13)"
+                f"{name} is on a GPU; install CuPy: pip install 'turboquant-np[cuda12]' or cuda13"
             ) from error
         return cupy.from_dlpack(x)
     raise TypeError(

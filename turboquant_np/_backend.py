@@ -20,18 +20,17 @@ class Backend(Protocol):
     Arrays are NumPy arrays or, for a backend whose `device` is "cuda", CuPy arrays.  The caller has
     checked shapes and dtypes.  n stands for any number of leading axes, d for spec.head_dim.
 
-    ============  =============================================  ===================================
-    argument      shape                                          dtype, layout
-    ============  =============================================  ===================================
-    vectors       [*n, d]                                        float16, bfloat16, float32, float64;
-                                                                 native byte order, any strides
-    packed        [*n, spec.packed_dim]                          uint8, C-contiguous
-    scales        [*n]                                           float32, C-contiguous
-    out (decode)  [*n, d]                                        float16, bfloat16, float32, float64;
-                                                                 C-contiguous
-    query         [*m, d]                                        as vectors
-    scores        [*m, *n]                                       float32, C-contiguous
-    ============  =============================================  ===================================
+    ============  ====================  =======================================================
+    argument      shape                 dtype and layout
+    ============  ====================  =======================================================
+    vectors       [*n, d]               float16, bfloat16, float32 or float64; native byte
+                                        order, any strides
+    packed        [*n, packed_dim]      uint8, C-contiguous
+    scales        [*n]                  float32, C-contiguous
+    out (decode)  [*n, d]               float16, bfloat16, float32 or float64; C-contiguous
+    query         [*m, d]               as vectors
+    scores        [*m, *n]              float32, C-contiguous
+    ============  ====================  =======================================================
 
     `encode` and `decode` give the bits that docs/format.md prescribes, which are those of the
     ``reference`` backend; turboquant_np.testing.conformance checks that.

@@ -27,7 +27,7 @@ def check_vectors(spec: CodecSpec, vectors: Any, name: str) -> None:
 
 
 def take_in_packed(spec: CodecSpec, packed: Any, norms: Any) -> tuple[Any, Any, _arrays.GiveBack]:
-    """Packed codes and scales as C-contiguous native arrays that fit each other and the quantiser."""
+    """Packed codes and scales as C-contiguous native arrays that fit each other."""
     codes, give_back = _arrays.take_in(packed, "packed")
     scales, _ = _arrays.take_in(norms, "norms")
     if codes.dtype != np.uint8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -18,8 +19,8 @@ FORMAT_VERSION = 1
 ScaleKind = Literal["norm", "mse", "unbiased"]
 SCALE_KINDS: tuple[ScaleKind, ...] = ("norm", "mse", "unbiased")
 
-# A row is used as it is while its sum of squares lies in this range; otherwise it is first multiplied
-# by the power of two that brings its largest magnitude into [1, 2).  See docs/format.md.
+# A row is used as it is while its sum of squares lies in this range; otherwise it is first
+# multiplied by the power of two that brings its largest magnitude into [1, 2).
 SAFE_SUM_OF_SQUARES = (2.0**-60, 2.0**60)
 
 
@@ -56,19 +57,19 @@ class CodecSpec:
 
     @cached_property
     def thresholds(self) -> npt.NDArray[np.float32]:
-        """[2**bits - 1] decision boundaries of z; the code is the number of them strictly below z."""
+        """[2**bits - 1] decision boundaries of z; a code counts those strictly below z."""
         z = unit_variance_centroids(self.head_dim, self.bits)
         return ((z[1:] + z[:-1]) / 2).astype(np.float32)
 
     @cached_property
     def encode_gain(self) -> np.float32:
         """z = rotated * (encode_gain / norm): sqrt(head_dim) over the growth of the rotation."""
-        return np.float32(np.sqrt(np.float64(self.head_dim)) / self.rotation.growth)
+        return np.float32(math.sqrt(self.head_dim) / self.rotation.growth)
 
     @cached_property
     def decode_gain(self) -> np.float64:
         """1 / (sqrt(head_dim) * growth), float64; rounded to float32 for Hadamard rotations."""
-        return np.float64(1.0) / (np.sqrt(np.float64(self.head_dim)) * self.rotation.growth)
+        return np.float64(1.0 / (math.sqrt(self.head_dim) * self.rotation.growth))
 
     @cached_property
     def decode_table(self) -> npt.NDArray[np.float32]:

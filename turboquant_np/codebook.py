@@ -2,8 +2,8 @@
 
 After the rotation each coordinate y of a unit vector has the same known density, so one table per
 bit width serves all data and nothing is learnt.  Tables are kept in units of z = sqrt(d) * y, which
-has variance 1.  From d = 64 on the format uses the table of the standard normal density, which costs
-at most 0.4 % of the error there; below, the table of the exact density on the sphere.
+has variance 1.  From d = 64 on the format uses the table of the standard normal density, which
+costs at most 0.4 % of the error there; below, the table of the exact density on the sphere.
 
 The shipped tables (``data/codebooks.csv``) are part of the numeric format: they decide bits.
 """
@@ -108,8 +108,8 @@ def get_codebook(d: int, bits: int) -> tuple[Floats, Floats, float]:
 def get_theory_bounds(bits: int) -> tuple[float, float]:
     """Return (lower, upper) bounds on the squared error of a unit vector at `bits` per coordinate.
 
-    The lower bound ``4**-bits`` holds for every quantiser (theorem 3 of arXiv:2504.19874), the upper
-    one ``sqrt(3) * pi / 2 * 4**-bits`` for TurboQuant with a Haar rotation (theorem 1).
+    The lower bound ``4**-bits`` holds for every quantiser (theorem 3 of arXiv:2504.19874), the
+    upper one ``sqrt(3) * pi / 2 * 4**-bits`` for TurboQuant with a Haar rotation (theorem 1).
 
     Examples
     --------
@@ -128,8 +128,8 @@ def compute_codebook_scipy(
     """Compute a Lloyd-Max codebook from scratch, independently of the shipped tables.
 
     Lloyd's iteration alternates the two conditions of optimality: boundaries lie half way between
-    centroids, centroids are the means of their cells.  It starts from the quantiles of f^(1/3), which
-    are optimal in the limit of many levels.
+    centroids, centroids are the means of their cells.  It starts from the quantiles of f^(1/3),
+    which are optimal in the limit of many levels.
 
     Parameters
     ----------
@@ -179,7 +179,8 @@ def compute_codebook_scipy(
 def cell_moments(d: int, boundaries: Floats, *, exact: bool = False) -> tuple[Floats, Floats]:
     """Probability and first moment of z = sqrt(d) y in each of the cells between `boundaries`.
 
-    The density is that of a coordinate on the sphere for d < 64 or with `exact`, else the normal one.
+    The density is that of a coordinate on the sphere for d < 64 or with `exact`, else the normal
+    one.
     """
     if d >= GAUSSIAN_FROM_DIM and not exact:
         cdf = special.ndtr(boundaries)

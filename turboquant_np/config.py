@@ -44,8 +44,8 @@ class TurboQuantConfig:
     rotation : {"hadamard", "haar"} or array, shape [head_dim, head_dim]
         The random rotation, or an orthogonal matrix of your own.
     scale : {"norm", "mse", "unbiased"}
-        What is stored beside the codes: the norm (as in the paper), the scale of least squared error,
-        or the one that makes inner products with other vectors unbiased.  All decode alike.
+        What is stored beside the codes: the norm (as in the paper), the scale of least squared
+        error, or the one that makes inner products with other vectors unbiased.  All decode alike.
     backend : str
         "auto", "reference", "cpu", "cuda", or the name of a registered backend.
 

@@ -13,7 +13,8 @@ SCALE_BYTES = 4
 
 
 class ModelShape(NamedTuple):
-    """What decides the size of a model's KV cache; weight_gb is the size of its weights in 1e9 B."""
+    """What decides the size of a model's KV cache; weight_gb is the size of its weights in 1e9
+    B."""
 
     name: str
     num_layers: int

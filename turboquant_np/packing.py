@@ -110,4 +110,5 @@ def unpack(packed: Any, bits: int, d: int) -> npt.NDArray[np.uint8]:
         raise ValueError(f"{d} codes of {bits} bits take {size} bytes, got shape {rows.shape}")
     bit = np.unpackbits(rows, axis=-1, count=d * bits).reshape(*rows.shape[:-1], d, bits)
     weights = (1 << np.arange(bits - 1, -1, -1)).astype(np.uint8)
-    return (bit * weights).sum(axis=-1, dtype=np.uint8)
+    codes: npt.NDArray[np.uint8] = (bit * weights).sum(axis=-1, dtype=np.uint8)
+    return codes

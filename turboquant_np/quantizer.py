@@ -29,8 +29,8 @@ class TurboQuant:
     """Quantise vectors to 1-8 bits a coordinate, near the best possible error, with no training.
 
     Each vector is rotated by a fixed random rotation, every coordinate is rounded to the Lloyd-Max
-    codebook of the known density of rotated coordinates, and the codes are packed beside one float32
-    (algorithm 1 of arXiv:2504.19874).
+    codebook of the known density of rotated coordinates, and the codes are packed beside one
+    float32 (algorithm 1 of arXiv:2504.19874).
 
     Parameters
     ----------
@@ -159,13 +159,14 @@ class TurboQuant:
         Parameters
         ----------
         x : array, shape [..., head_dim]
-            float16, bfloat16, float32 or float64, on a CPU or a CUDA device, with any strides and any
-            number of leading axes.  float64 is rounded to float32 first.
+            float16, bfloat16, float32 or float64, on a CPU or a CUDA device, with any strides and
+            any number of leading axes.  float64 is rounded to float32 first.
         out : (packed, norms), optional
             C-contiguous arrays of the result's shapes and dtypes to write into.
         check_finite : bool, default True
-            Raise on NaN, infinity, and norms beyond float32.  On a GPU this waits for the result; when
-            switched off such a vector gets the scale NaN or infinity and decodes to no finite value.
+            Raise on NaN, infinity, and norms beyond float32.  On a GPU this waits for the result;
+            when switched off such a vector gets the scale NaN or infinity and decodes to no finite
+            value.
 
         Returns
         -------
@@ -179,7 +180,8 @@ class TurboQuant:
         TypeError
             If `x` is no array or not floating point.
         ValueError
-            If the last axis is not head_dim long, or a value is NaN or infinite (the first is named).
+            If the last axis is not head_dim long, or a value is NaN or infinite (the first is
+            named).
         OverflowError
             If the scale of a vector exceeds the largest float32.
 

@@ -1,7 +1,7 @@
 """The rotations, defined from a seed alone, the same on every machine.
 
-TurboQuant rotates every vector by one fixed random orthogonal matrix, so that its coordinates follow
-a known density whatever the data are.  Two families are offered:
+TurboQuant rotates every vector by one fixed random orthogonal matrix, so that its coordinates
+follow a known density whatever the data are.  Two families are offered:
 
 * `HadamardRotation`, the default: rounds of random signs and a fast Walsh-Hadamard transform.
 * `DenseRotation`: a Haar-distributed matrix (the one the paper's theorem is about) or one of yours.
@@ -35,6 +35,8 @@ __all__ = [
     "rotation_from_matrix",
 ]
 
+Floats = npt.NDArray[np.float64]
+
 MATRIX_FRACTION_BITS = 24  # entries of a dense rotation are multiples of 2**-24
 # Partial sums of the exact product stay below 2**53 by Cauchy-Schwarz while
 # sqrt(d) * 2**22 * 2**24 does: see docs/format.md.
@@ -46,9 +48,10 @@ def mt19937_raw(seed: int, count: int) -> npt.NDArray[np.uint32]:
 
     This is the stream behind `numpy.random.RandomState` and `torch.manual_seed` on a CPU.
     """
-    generator = np.random.MT19937()
-    generator.state = np.random.RandomState(seed % 2**32).get_state(legacy=False)  # noqa: NPY002
-    return generator.random_raw(count).astype(np.uint32)
+    generator: Any = np.random.MT19937()
+    generator.state = np.random.RandomState(seed % 2**32).get_state(legacy=False)
+    raw: npt.NDArray[np.uint32] = generator.random_raw(count).astype(np.uint32)
+    return raw
 
 
 def random_signs(d: int, seed: int) -> npt.NDArray[np.float32]:
@@ -92,8 +95,8 @@ class HadamardRotation:
 
     For head_dim = 2**k a round flips signs and transforms all coordinates, unnormalised.  For other
     head_dims a round is two half rounds, see docs/format.md: the transform (normalised) acts on the
-    first or on the last `block` coordinates, the largest power of two below head_dim, and a butterfly
-    between the two halves spreads the result.
+    first or on the last `block` coordinates, the largest power of two below head_dim, and a
+    butterfly between the two halves spreads the result.
 
     Attributes
     ----------
@@ -155,7 +158,7 @@ class DenseRotation:
     seed : int or None
     """
 
-    fixed: npt.NDArray[np.float64]
+    fixed: Floats
     kind: str
     seed: int | None = None
 
@@ -163,7 +166,7 @@ class DenseRotation:
 
     @property
     def head_dim(self) -> int:
-        return self.fixed.shape[0]
+        return len(self.fixed)
 
     @cached_property
     def matrix(self) -> npt.NDArray[np.float32]:
@@ -223,8 +226,8 @@ def rotation_from_matrix(matrix: Any) -> DenseRotation:
     return DenseRotation(fixed, "matrix")
 
 
-def _gaussian(count: int, seed: int) -> npt.NDArray[np.float64]:
-    """Standard normal numbers: Box-Muller on 24-bit uniforms, in blocks of 16 as torch lays them out.
+def _gaussian(count: int, seed: int) -> Floats:
+    """Standard normal numbers: Box-Muller on 24-bit uniforms, in torch's blocks of 16.
 
     The first eight uniforms of a block give the radii, the last eight the angles; the block is then
     (r cos, r sin).
@@ -236,7 +239,7 @@ def _gaussian(count: int, seed: int) -> npt.NDArray[np.float64]:
     return np.stack([radius * cos, radius * sin], axis=1).reshape(-1)[:count]
 
 
-def _log(u: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _log(u: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """ln u from exactly prescribed operations: u = m 2**e, ln m = 2 artanh((m-1)/(m+1))."""
     m, e = np.frexp(u)
     low = m < math.sqrt(0.5)
@@ -246,11 +249,12 @@ def _log(u: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     series = np.zeros_like(s)
     for k in range(23, 0, -2):
         series = series * s2 + 1.0 / k
-    return e * 0.6931471805599453 + 2.0 * s * series
+    result: npt.NDArray[Any] = e * 0.6931471805599453 + 2.0 * s * series
+    return result
 
 
-def _cos_sin_turns(t: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
-    """cos and sin of 2 pi t for t in [0, 1), from exactly prescribed operations (Taylor to pi/4)."""
+def _cos_sin_turns(t: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
+    """cos and sin of 2 pi t for t in [0, 1), from exactly prescribed operations."""
     octant = np.floor(8.0 * t)
     part = 8.0 * t - octant
     odd = octant % 2 == 1
@@ -263,7 +267,7 @@ def _cos_sin_turns(t: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64],
     return cos, np.where(octant >= 4, -sin, sin)
 
 
-def _taylor(x2: npt.NDArray[np.float64], odd: int) -> npt.NDArray[np.float64]:
+def _taylor(x2: npt.NDArray[Any], odd: int) -> npt.NDArray[Any]:
     """sum_k (-x2)^k / (2k + odd)!, Horner from k = 9."""
     series = np.ones_like(x2)
     for k in range(9, 0, -1):
@@ -272,10 +276,10 @@ def _taylor(x2: npt.NDArray[np.float64], odd: int) -> npt.NDArray[np.float64]:
     return series
 
 
-def _orthonormal_rows(a: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _orthonormal_rows(a: Floats) -> Floats:
     """Modified Gram-Schmidt on the rows, in place, every sum folded in halves.
 
-    The same Q as a QR decomposition with positive diagonal of R, but with a fixed order of operations.
+    The Q of a QR decomposition with positive diagonal of R, by a fixed order of operations.
     """
     for k in range(len(a)):
         a[k] /= np.sqrt(_fold_sum(a[k] * a[k]))
@@ -284,7 +288,7 @@ def _orthonormal_rows(a: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return a
 
 
-def _fold_sum(x: npt.NDArray[np.float64]) -> Any:
+def _fold_sum(x: Floats) -> Any:
     """Sum of the last axis: zero-padded to a power of two, then folded in halves."""
     d = x.shape[-1]
     size = 1 << (d - 1).bit_length()

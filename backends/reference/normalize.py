@@ -33,7 +33,7 @@ def normalize_range(x: Float32s) -> tuple[Float32s, Float32s, npt.NDArray[np.int
     """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         sums = fold_sum(x * x)
-        low, high = np.float32(SAFE_SUM_OF_SQUARES)
+        low, high = SAFE_SUM_OF_SQUARES  # powers of two, exact in float32
         safe = (sums >= low) & (sums <= high)
         largest = np.abs(x).max(axis=-1)  # NaN if there is one
         _, exponents = np.frexp(np.where(np.isfinite(largest), largest, 0))

@@ -17,7 +17,8 @@ def quantize(spec: CodecSpec, z: Float32s) -> npt.NDArray[np.uint8]:
 
     A coordinate on a threshold takes the lower code; NaN takes code 0.
     """
-    return (z[..., None] > spec.thresholds).sum(axis=-1, dtype=np.uint8)
+    codes: npt.NDArray[np.uint8] = (z[..., None] > spec.thresholds).sum(axis=-1, dtype=np.uint8)
+    return codes
 
 
 def stored_scale(

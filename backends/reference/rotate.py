@@ -69,7 +69,10 @@ def _rotate_dense(rotation: DenseRotation, rows: Float32s) -> Float32s:
     exponents = np.frexp(largest)[1] - 1  # largest lies in [2**e, 2**(e+1))
     fixed = np.rint(np.ldexp(rows.astype(np.float64), INPUT_BITS - 1 - exponents))
     product = fixed @ rotation.fixed.T
-    return np.ldexp(product, exponents - (INPUT_BITS - 1) - MATRIX_FRACTION_BITS).astype(np.float32)
+    rotated: Float32s = np.ldexp(
+        product, exponents - (INPUT_BITS - 1) - MATRIX_FRACTION_BITS
+    ).astype(np.float32)
+    return rotated
 
 
 def rotate_back_dense(rotation: DenseRotation, centroids: Float32s, gain: np.float64) -> Float32s:
@@ -77,4 +80,5 @@ def rotate_back_dense(rotation: DenseRotation, centroids: Float32s, gain: np.flo
     fixed = np.rint(np.ldexp(centroids.astype(np.float64), CENTROID_FRACTION_BITS))
     product = fixed @ rotation.fixed
     factor = np.ldexp(gain, -CENTROID_FRACTION_BITS - MATRIX_FRACTION_BITS)
-    return (product * factor).astype(np.float32)
+    unit: Float32s = (product * factor).astype(np.float32)
+    return unit

@@ -6,14 +6,15 @@ the format uses from d = 64 on.  The density of y is proportional to (1 - y^2)^(
 (arXiv:2504.19874, lemma 1).
 
 A codebook is optimal when each centroid is the mean of its cell and each boundary lies half way
-between two centroids.  Those equations are solved by Newton's method in 40-digit arithmetic, for the
-positive half (the density is symmetric).  Takes about a minute; needs mpmath.
+between two centroids.  Those equations are solved by Newton's method in 40-digit arithmetic, for
+the positive half (the density is symmetric).  Takes about a minute; needs mpmath.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 from mpmath import mp, mpf
@@ -24,7 +25,7 @@ mp.dps = 40
 MAX_BITS = 8
 DIMENSIONS = [0, *range(2, 64)]  # 0: the standard normal density
 
-# A density is given by three functions of x >= 0: f(x), P(x) = int_0^x f and M(x) = int_0^x t f(t) dt.
+# A density is given by three functions of x >= 0: f(x), P(x) = int_0^x f, M(x) = int_0^x t f.
 Density = tuple[Callable[[mpf], mpf], Callable[[mpf], mpf], Callable[[mpf], mpf]]
 
 
@@ -38,7 +39,7 @@ def normal_density() -> Density:
 
 
 def sphere_density(d: int) -> Density:
-    """Density of one coordinate of a uniform unit vector; x = cos(theta), f dx = c sin^(d-2) dtheta."""
+    """Density of one coordinate of a uniform unit vector; x = cos(theta)."""
     c = mp.gamma(mpf(d) / 2) / (mp.sqrt(mp.pi) * mp.gamma(mpf(d - 1) / 2))
 
     def f(x: mpf) -> mpf:
@@ -96,7 +97,7 @@ def solve_tridiagonal(
 
 
 def in_order(c: list[mpf], end: mpf) -> bool:
-    return 0 < c[0] and c[-1] < end and all(a < b for a, b in zip(c, c[1:], strict=False))
+    return c[0] > 0 and c[-1] < end and all(a < b for a, b in pairwise(c))
 
 
 def positive_centroids(d: int, bits: int) -> list[mpf]:
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("output", nargs="?", type=Path, default=default)
     args = parser.parse_args()
     lines = [
-        "# d (0 = standard normal), bits, positive centroids of z = sqrt(d) y; see make_codebooks.py"
+        "# d (0 = standard normal), bits, positive centroids of z = sqrt(d) y (make_codebooks.py)"
     ]
     for d in DIMENSIONS:
         for bits in range(1, MAX_BITS + 1):
