@@ -17,7 +17,6 @@ from importlib.resources import files
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 
 __all__ = ["MAX_BITS", "compute_codebook_scipy", "get_codebook", "get_theory_bounds"]
 
@@ -155,6 +154,8 @@ def compute_codebook_scipy(
     >>> round(mse, 5)
     0.03455
     """
+    from scipy import special  # here, not above: it would double the time of the package's import
+
     d, bits = check_dim(d, "d"), check_bits(bits)
     p = (np.arange(2**bits) + 0.5) / 2**bits
     if d >= GAUSSIAN_FROM_DIM:
@@ -182,6 +183,8 @@ def cell_moments(d: int, boundaries: Floats, *, exact: bool = False) -> tuple[Fl
     The density is that of a coordinate on the sphere for d < 64 or with `exact`, else the normal
     one.
     """
+    from scipy import special
+
     if d >= GAUSSIAN_FROM_DIM and not exact:
         cdf = special.ndtr(boundaries)
         tail = np.exp(-(boundaries**2) / 2) / math.sqrt(2 * math.pi)
