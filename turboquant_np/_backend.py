@@ -6,9 +6,12 @@ import importlib
 import sys
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ._spec import CodecSpec
+
+if TYPE_CHECKING:
+    from ._attention_checks import AttentionBatch
 
 ENTRY_POINT_GROUP = "turboquant_np.backends"
 BUILT_IN = ("reference", "cpu", "cuda")
@@ -62,6 +65,9 @@ class Backend(Protocol):
     ) -> None:
         """scores[m, n] = <query[m], decoded[n]>, from the packed codes; to float32 accuracy."""
 
+    def attention(self, key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch) -> None:
+        """Fill batch.out and batch.lse; see AttentionBatch for shapes."""
+
 
 @cache
 def load(name: str) -> Backend:
@@ -85,6 +91,11 @@ def device_of(array: Any) -> str:
     """ "cuda" for a CuPy array, else "cpu"; imports nothing."""
     cupy = sys.modules.get("cupy")
     return "cuda" if cupy is not None and isinstance(array, cupy.ndarray) else "cpu"
+
+
+def array_module(array: Any) -> Any:
+    """The cupy module for a CuPy array, else numpy."""
+    return sys.modules["cupy" if device_of(array) == "cuda" else "numpy"]
 
 
 def backend_for(array: Any, name: str = "auto") -> Backend:

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from .attention import attention
 from .codec import decode, encode
 from .inner_products import inner_products
 
 __all__ = [
+    "attention",
     "decode",
     "describe",
     "device",
