@@ -244,6 +244,18 @@ def test_the_page_and_the_library_agree(
     assert_same_floats(tq.decode(packed, stored, dtype=np.float32), by_page[2])
 
 
+def test_limit_on_rounds() -> None:
+    """d**rounds = 2**192 works at the largest norm of an unscaled row; more is refused."""
+    d = 4096
+    tq = TurboQuant(head_dim=d, bits=4, hadamard_rounds=16, backend="reference")
+    x = np.zeros(d, np.float32)
+    x[0] = 2.0**30
+    error = tq.decode(*tq.encode(x), dtype=np.float32) - x
+    assert np.linalg.norm(error) < 0.2 * 2.0**30
+    with pytest.raises(ValueError, match="use fewer rounds"):
+        TurboQuant(head_dim=2 * d, hadamard_rounds=16)
+
+
 def test_codebook_tables_of_the_page() -> None:
     """The printed centroids are those of the shipped table, the hexadecimal ones are rounded."""
     text = FORMAT.read_text("utf-8")

@@ -41,6 +41,8 @@ MATRIX_FRACTION_BITS = 24  # entries of a dense rotation are multiples of 2**-24
 # Partial sums of the exact product stay below 2**53 by Cauchy-Schwarz while
 # sqrt(d) * 2**22 * 2**24 does: see docs/format.md.
 MAX_DENSE_DIM = 8192
+# A row of norm 2**30 times the growth of an unnormalised transform stays below 2**127.
+MAX_GROWTH_SQUARED = 2**192
 
 
 def mt19937_raw(seed: int, count: int) -> npt.NDArray[np.uint32]:
@@ -101,6 +103,11 @@ class HadamardRotation:
     Attributes
     ----------
     head_dim, seed, rounds : int
+
+    Raises
+    ------
+    ValueError
+        If head_dim is a power of two and head_dim**rounds exceeds 2**192.
     """
 
     head_dim: int
@@ -108,6 +115,13 @@ class HadamardRotation:
     rounds: int = 3
 
     kind = "hadamard"
+
+    def __post_init__(self) -> None:
+        if self.is_power_of_two and self.head_dim**self.rounds > MAX_GROWTH_SQUARED:
+            raise ValueError(
+                f"head_dim**hadamard_rounds must be at most 2**192, got {self.head_dim}**"
+                f"{self.rounds}, which float32 could not hold; use fewer rounds"
+            )
 
     @property
     def is_power_of_two(self) -> bool:
