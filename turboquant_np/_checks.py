@@ -80,11 +80,7 @@ def check_same_place(a: Any, a_name: str, b: Any, b_name: str) -> None:
 
 def value_error(vectors: Any, row: int) -> Exception:
     """Say what is wrong with vector number `row`, counted over the flattened leading axes."""
-    index = (
-        tuple(int(i) for i in np.unravel_index(row, vectors.shape[:-1]))
-        if row
-        else ((0,) * (vectors.ndim - 1))
-    )
+    index = tuple(int(i) for i in np.unravel_index(row, vectors.shape[:-1]))
     vector = vectors[index]
     vector = vector.get() if hasattr(vector, "get") else np.asarray(vector)
     values = vector.astype(np.float64)
@@ -93,7 +89,9 @@ def value_error(vectors: Any, row: int) -> Exception:
         column = int((~np.isfinite(values)).argmax())
         return ValueError(f"x[{_subscript(*index, column)}] is {values[column]}; {hint}")
     largest = int(np.abs(values).argmax())
-    if abs(np.float32(values[largest])) == np.inf:
+    with np.errstate(over="ignore"):
+        fits = np.isfinite(values[largest].astype(np.float32))
+    if not fits:
         at = _subscript(*index, largest)
         return ValueError(f"x[{at}] = {values[largest]:g} does not fit float32; {hint}")
     return OverflowError(

@@ -14,6 +14,6 @@ from .codec import decode
 def inner_products(spec: CodecSpec, query: Any, packed: Any, scales: Any, scores: Any) -> None:
     unit = np.empty((*scales.shape, spec.head_dim), np.float32)
     decode(spec, packed, np.ones_like(scales), unit)
-    exact = np.inner(query.astype(np.float64), unit.astype(np.float64))
     with np.errstate(over="ignore", invalid="ignore"):
+        exact = np.inner(query.astype(np.float64), unit.astype(np.float64))
         scores[...] = exact * scales

@@ -15,10 +15,9 @@ Float32s = npt.NDArray[np.float32]
 def quantize(spec: CodecSpec, z: Float32s) -> npt.NDArray[np.uint8]:
     """[n, d] coordinates of unit variance -> [n, d] codes: the number of thresholds below each.
 
-    A coordinate on a threshold takes the lower code; NaN takes code 0.
+    A coordinate on a threshold takes the lower code.
     """
-    codes: npt.NDArray[np.uint8] = (z[..., None] > spec.thresholds).sum(axis=-1, dtype=np.uint8)
-    return codes
+    return np.searchsorted(spec.thresholds, z, side="left").astype(np.uint8)
 
 
 def stored_scale(
