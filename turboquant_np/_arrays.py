@@ -63,7 +63,7 @@ def take_in(x: Any, name: str) -> tuple[Any, GiveBack]:
             f"{name} is a masked array, whose mask would be lost; fill or drop it first"
         )
     if isinstance(x, np.ndarray):
-        return x, _as_is
+        return np.asarray(x), _as_is  # numpy.matrix and other subclasses redefine operators
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
         return x, _as_is
@@ -80,8 +80,11 @@ def take_in(x: Any, name: str) -> tuple[Any, GiveBack]:
 
 
 def native(array: Any) -> Any:
-    """The same values in native byte order; a copy only where the order differs."""
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    """The same values, aligned and in native byte order; a copy only where they are not."""
+    if not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    aligned = not isinstance(array, np.ndarray) or array.flags.aligned
+    return array if aligned else array.copy()
 
 
 def _as_is(result: Any) -> Any:

@@ -58,8 +58,8 @@ def take_in_out(
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
     if array.dtype.name not in dtypes:
         raise TypeError(f"{name} must be {', '.join(dtypes)}, got {array.dtype}")
-    if not array.flags.c_contiguous or not array.dtype.isnative:
-        raise ValueError(f"{name} must be C-contiguous and in native byte order")
+    if not array.flags.c_contiguous or _arrays.native(array) is not array:
+        raise ValueError(f"{name} must be C-contiguous, aligned and in native byte order")
     if isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError(f"{name} is read-only")
     return array

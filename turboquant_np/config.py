@@ -94,6 +94,8 @@ class TurboQuantConfig:
             )
         if self.use_hadamard is not None and not isinstance(self.rotation, str):
             raise ValueError("give use_hadamard or a rotation matrix, not both")
+        if self.use_hadamard and self.rotation == "haar":
+            raise ValueError("use_hadamard=True contradicts rotation='haar'; give one of them")
         _arrays.float_dtype(self.dtype)
 
     @property
