@@ -22,7 +22,8 @@ def validate(tq: TurboQuant, num_vectors: int, device: str | None, seed: int) ->
     -------
     dict
         ``bits``, ``head_dim``, ``num_vectors``; ``mse`` (mean squared error of a unit vector),
-        ``mse_expected`` (exact, for a Haar rotation and the scale "norm"), ``mse_theory_lower``,
+        ``mse_standard_error`` (of that mean), ``mse_expected`` (exact, for a Haar rotation and the
+        scale "norm"), ``mse_theory_lower``,
         ``mse_theory_upper``, ``mse_ratio_to_lower``; ``ip_mse`` and ``ip_bias`` (mean squared error
         and mean error of inner products of pairs of vectors), ``ip_slope`` (mean of <decoded, x>,
         1 if unbiased); ``max_abs_error``; ``compression_vs_fp16``, ``compression_vs_fp8``;
@@ -41,12 +42,14 @@ def validate(tq: TurboQuant, num_vectors: int, device: str | None, seed: int) ->
     error = decoded - exact
     partner = np.roll(exact, 1, axis=0)
     ip_error = np.einsum("nd,nd->n", error, partner)
-    mse = float(np.einsum("nd,nd->n", error, error).mean())
+    squared_error = np.einsum("nd,nd->n", error, error)
+    mse = float(squared_error.mean())
     return {
         "bits": tq.bits,
         "head_dim": tq.head_dim,
         "num_vectors": num_vectors,
         "mse": mse,
+        "mse_standard_error": float(squared_error.std(ddof=1)) / num_vectors**0.5,
         "mse_expected": tq.mse_total,
         "mse_theory_lower": tq.theory_lower,
         "mse_theory_upper": tq.theory_upper,
