@@ -3,7 +3,28 @@
 from ._spec import FORMAT_VERSION
 from .config import TurboQuantConfig
 from .quantizer import TurboQuant
+from .storage import (
+    QuantizedArray,
+    StorageError,
+    decode_npy,
+    encode_npy,
+    load,
+    open,
+    save,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["FORMAT_VERSION", "TurboQuant", "TurboQuantConfig", "__version__"]
+__all__ = [
+    "FORMAT_VERSION",
+    "QuantizedArray",
+    "StorageError",
+    "TurboQuant",
+    "TurboQuantConfig",
+    "__version__",
+    "decode_npy",
+    "encode_npy",
+    "load",
+    "open",
+    "save",
+]
