@@ -228,14 +228,14 @@ def rotation_from_matrix(matrix: Any) -> DenseRotation:
     d = check_dim(q.shape[0])
     if d > MAX_DENSE_DIM:
         raise ValueError(f"a dense rotation needs head_dim <= {MAX_DENSE_DIM}, got {d}")
-    q = q.astype(np.float64)
+    fixed = np.rint(q.astype(np.float64) * 2.0**MATRIX_FRACTION_BITS)
+    q = fixed * 2.0**-MATRIX_FRACTION_BITS  # what is checked is what will be used, and stored
     error = float(np.abs(q @ q.T - np.eye(d)).max()) if np.isfinite(q).all() else math.inf
     if error > 1e-4:
         raise ValueError(
             f"a rotation matrix must be orthogonal: max |Q Q^T - I| is {error:.3g}, allowed 1e-4; "
             "orthogonalise it first, for example with numpy.linalg.qr"
         )
-    fixed = np.rint(q * 2.0**MATRIX_FRACTION_BITS)
     fixed.setflags(write=False)
     return DenseRotation(fixed, "matrix")
 
