@@ -1,0 +1,64 @@
+"""The default backend for NumPy arrays: Numba kernels written in LLVM vector instructions.
+
+Bit for bit equal to the reference backend.  simd.py explains how one source serves every CPU,
+kernels.py what a kernel is, compile.py how it is compiled and cached.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite
+import numba
+import numpy as np
+
+from .codec import decode, encode
+from .compile import cache_directory
+from .inner_products import inner_products
+from .simd import target
+from .threads import num_threads
+
+__all__ = [
+    "decode",
+    "describe",
+    "device",
+    "empty",
+    "encode",
+    "first_non_finite",
+    "inner_products",
+    "name",
+    "why_unavailable",
+]
+
+name = "cpu"
+device = "cpu"
+
+
+def why_unavailable() -> str | None:
+    """None: where Numba can be imported this backend works."""
+    return None
+
+
+def describe() -> dict[str, str]:
+    """Versions, SIMD level, threads and the cache of compiled kernels."""
+    cpu = target()
+    return {
+        "numba": numba.__version__,
+        "llvmlite": llvmlite.__version__,
+        "numpy": np.__version__,
+        "simd": f"{cpu.level} ({cpu.width} float32 lanes)",
+        "cpu": cpu.cpu,
+        "threads": str(num_threads()),
+        "cache": cache_directory() or "not writable: kernels are compiled in every process",
+    }
+
+
+def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    """An uninitialised array in host memory."""
+    return np.empty(shape, dtype)
+
+
+def first_non_finite(scales: Any) -> int | None:
+    """Flat index of the first NaN or infinity."""
+    bad = ~np.isfinite(scales.reshape(-1))
+    return int(bad.argmax()) if bad.any() else None

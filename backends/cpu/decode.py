@@ -1,0 +1,105 @@
+"""Decoding kernels: unpack, look up, rotate back, scale, store."""
+
+from __future__ import annotations
+
+from .convert import ITEM_SIZE, store_floats
+from .encode import scratch_rows
+from .kernels import Arguments, Plan, each_group, each_register, rows_at_once, stays_in_registers
+from .packing import GROUP, load_codes
+from .quantize import values_table
+from .rotate import RowRotation, rotate_registers
+from .simd import F32, Register, Simd, Table, Value
+
+
+def emit_decode(s: Simd, plan: Plan, a: Arguments) -> None:
+    """Packed codes and scales -> vectors."""
+    if stays_in_registers(s, plan):
+        _decode_in_registers(s, plan, a)
+    else:
+        _decode_in_memory(s, plan, a)
+
+
+def emit_look_up(s: Simd, plan: Plan, a: Arguments) -> None:
+    """Packed codes -> the values in the table, float32 or float64, with no scale or rotation."""
+    table = values_table(s, a.tables, plan.bits)
+    size = ITEM_SIZE[plan.dtype]
+    with s.loop(a.rows) as i:
+        target = s.at(a.target, s.times(i, size * plan.dim))
+
+        def write(
+            element: Value, values: list[Register], count: int, target: Value = target
+        ) -> None:
+            for k, x in enumerate(values):
+                valid = min(s.width, count - k * s.width)
+                offset = s.times(s.at(element, k * s.width), size)
+                store_floats(s, plan.dtype, x, target, offset, valid)
+
+        _each_values(s, plan, table, s.at(a.source, s.b.mul(i, a.source_pitch)), write)
+
+
+def _each_values(s: Simd, plan: Plan, table: Table, source: Value, write: object) -> None:
+    """write(first element, registers of values, count) for every group of a packed row."""
+    assert callable(write)
+    group_bytes = GROUP * s.width * plan.bits // 8
+
+    def group(number: Value, element: Value, count: int) -> None:
+        codes = load_codes(s, plan.bits, source, s.times(number, group_bytes), count)
+        write(element, [table(code) for code in codes], count)
+
+    each_group(s, plan.dim, GROUP, group)
+
+
+def _decode_in_registers(s: Simd, plan: Plan, a: Arguments) -> None:
+    b, count, size = s.b, plan.dim // s.width, ITEM_SIZE[plan.dtype]
+    table = values_table(s, a.tables, plan.bits)
+    group_bytes = GROUP * s.width * plan.bits // 8
+    together = rows_at_once(s, plan)
+    last = b.sub(a.rows, s.int64(1))
+    turns = b.udiv(s.at(last, together), s.int64(together))
+    with s.loop(turns) as turn:
+        # behind the last row it is done again, so that `together` need not divide the rows
+        numbers = [s.at(s.times(turn, together), u) for u in range(together)]
+        numbers = [b.select(b.icmp_signed("<", i, last), i, last) for i in numbers]
+        rows = []
+        for i in numbers:
+            source = s.at(a.source, b.mul(i, a.source_pitch))
+            row: list[Register] = []
+            for k in range(0, count, GROUP):
+                held = min(GROUP, count - k) * s.width
+                codes = load_codes(s, plan.bits, source, k // GROUP * group_bytes, held)
+                row += [table(code) for code in codes]
+            rows.append(row)
+        pitch = 4 * (plan.dim + s.width)
+        rows = rotate_registers(s, rows, a.signs, pitch, a.parameter, back=True)
+        for i, row in zip(numbers, rows, strict=True):
+            scale = s.splat(s.load(F32, a.scales, s.times(i, 4)))
+            target = s.at(a.target, s.times(i, size * plan.dim))
+            for k, x in enumerate(row):
+                offset = size * s.width * k
+                store_floats(s, plan.dtype, b.fmul(x, scale), target, offset, s.width)
+
+
+def _decode_in_memory(s: Simd, plan: Plan, a: Arguments) -> None:
+    row, size = scratch_rows(s, plan, a)[0], ITEM_SIZE[plan.dtype]
+    pitch = 4 * (plan.dim + s.width)
+    rotation = RowRotation(s, plan.dim, row, a.signs, pitch, a.parameter)
+    table = values_table(s, a.tables, plan.bits)
+
+    def keep(element: Value, values: list[Register], count: int) -> None:
+        for k, x in enumerate(values):
+            s.store(x, row, s.times(s.at(element, k * s.width), 4))
+
+    with s.loop(a.rows) as i:
+        _each_values(s, plan, table, s.at(a.source, s.b.mul(i, a.source_pitch)), keep)
+        rotation.back()
+        scale = s.splat(s.load(F32, a.scales, s.times(i, 4)))
+        target = s.at(a.target, s.times(i, size * plan.dim))
+
+        def finish(
+            element: Value, count: int, scale: Register = scale, target: Value = target
+        ) -> None:
+            offset = s.times(element, 4)
+            x = rotation.first_signs(s.load(s.floats, row, offset), offset)
+            store_floats(s, plan.dtype, s.b.fmul(x, scale), target, s.times(element, size), count)
+
+        each_register(s, plan.dim, finish)

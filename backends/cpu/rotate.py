@@ -1,0 +1,234 @@
+"""The randomised Hadamard rotation on vector registers and in memory.
+
+A stride below the register width pairs lanes: x * (+1, -1, ...) + swapped x is one shuffle and one
+fused multiply-add, which rounds like the addition or subtraction that it is.  A larger stride pairs
+registers.  Rows that do not fit the registers are transformed in passes over a scratch row: the
+first pass does all strides within a block, every further pass up to four more.  Strides ascend, as
+the format prescribes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from .simd import F32, I32, I64, Register, Simd, Value, vector
+
+HALF_SQRT = math.sqrt(0.5)
+Hook = Callable[[list[Register], list[Value]], list[Register]]  # (registers, byte offsets)
+
+
+def transform_lanes(s: Simd, register: Register, size: int) -> Register:
+    """Walsh-Hadamard transform of every run of `size` lanes."""
+    stride = 1
+    while stride < size:
+        signs = s.const_f([-1.0 if i & stride else 1.0 for i in range(s.width)])
+        swapped = s.shuffle(register, None, [i ^ stride for i in range(s.width)])
+        register = s.multiply_add(register, signs, swapped)
+        stride *= 2
+    return register
+
+
+def butterflies(s: Simd, registers: list[Register]) -> list[Register]:
+    """Walsh-Hadamard transform across a power of two of registers."""
+    registers = list(registers)
+    stride = 1
+    while stride < len(registers):
+        for i in range(len(registers)):
+            if not i & stride:
+                a, b = registers[i], registers[i + stride]
+                registers[i], registers[i + stride] = s.b.fadd(a, b), s.b.fsub(a, b)
+        stride *= 2
+    return registers
+
+
+def transform_registers(s: Simd, registers: list[Register]) -> list[Register]:
+    return butterflies(s, [transform_lanes(s, x, s.width) for x in registers])
+
+
+def load_signs(s: Simd, signs: Value, offset: Value) -> Register:
+    """Sign bits of one register from the table of masks."""
+    return s.load(s.ints, signs, offset)
+
+
+def no_hook(registers: list[Register], offsets: list[Value]) -> list[Register]:
+    return registers
+
+
+def transform_memory(
+    s: Simd, base: Value, size: int, first: Hook = no_hook, last: Hook = no_hook
+) -> None:
+    """Transform `size` (a power of two) floats at address `base` in place.
+
+    first, last : applied to the registers of the first pass after loading and of the last pass
+        before storing; they get the byte offsets from `base`.
+    """
+    width = s.width
+    if size < width:
+        x = first([s.load(s.floats, base)], [s.int64(0)])[0]
+        y = last([transform_lanes(s, x, size)], [s.int64(0)])[0]
+        s.store(s.resize(y, size), base)
+        return
+    block = min(s.target.registers, size // width)
+    done = block * width
+    with s.loop(size // done) as i:
+        start = s.times(i, 4 * done)
+        offsets = [s.at(start, 4 * width * k) for k in range(block)]
+        registers = first([s.load(s.floats, base, o) for o in offsets], offsets)
+        registers = transform_registers(s, registers)
+        _store_all(s, last(registers, offsets) if done == size else registers, base, offsets)
+    while done < size:
+        radix = min(s.target.registers, size // done)
+        with s.loop(size // (done * radix)) as i, s.loop(done // width) as j:
+            start = s.b.add(s.times(i, 4 * done * radix), s.times(j, 4 * width))
+            offsets = [s.at(start, 4 * done * k) for k in range(radix)]
+            registers = butterflies(s, [s.load(s.floats, base, o) for o in offsets])
+            finished = done * radix == size
+            _store_all(s, last(registers, offsets) if finished else registers, base, offsets)
+        done *= radix
+
+
+def _store_all(s: Simd, registers: list[Register], base: Value, offsets: list[Value]) -> None:
+    for register, offset in zip(registers, offsets, strict=True):
+        s.store(register, base, offset)
+
+
+def mix_halves(
+    s: Simd, row: Value, dim: int, before: Value | None = None, after: Value | None = None
+) -> None:
+    """a, b = first and last dim // 2 floats become (a + b) / sqrt(2), (a - b) / sqrt(2), in place.
+
+    before, after : addresses of sign masks to flip all coordinates with, before or after that.
+    """
+    half, width, b = dim // 2, s.width, s.b
+    root = s.const_f(HALF_SQRT)
+    distance = 4 * (dim - half)
+
+    def flip(x: Register, masks: Value | None, offset: Value) -> Register:
+        return x if masks is None else s.flip_signs(x, load_signs(s, masks, offset))
+
+    def step(offset: Value, count: int) -> None:
+        far = s.at(offset, distance)
+        x = flip(s.load(s.floats, row, offset), before, offset)
+        y = flip(s.load(s.floats, row, far), before, far)
+        total = flip(b.fmul(b.fadd(x, y), root), after, offset)
+        difference = flip(b.fmul(b.fsub(x, y), root), after, far)
+        s.store(s.resize(total, count), row, offset)
+        s.store(s.resize(difference, count), row, far)
+
+    if half >= width:
+        with s.loop(half // width) as i:
+            step(s.times(i, 4 * width), width)
+    if half % width:
+        step(s.int64(4 * (half - half % width)), half % width)
+    if dim % 2:
+        middle = s.load(I32, row, 4 * half)
+        for masks in (before, after):
+            if masks is not None:
+                middle = b.xor(middle, s.load(I32, masks, 4 * half))
+        s.store(middle, row, 4 * half)
+
+
+class RowRotation:
+    """The Hadamard rotation of one scratch row, forward and back.
+
+    Masks of signs: [steps + 1, padded] int32; the last row is all zero (no flips), so that every
+    step can end (forward) or begin (back) with the signs of the next one.
+    """
+
+    def __init__(
+        self, s: Simd, dim: int, row: Value, signs: Value, pitch: int, rounds: Value
+    ) -> None:
+        self.s, self.dim, self.row, self.signs = s, dim, row, signs
+        self.pitch = pitch  # bytes of a row of masks
+        self.rounds = rounds
+        self.block = 1 << (dim.bit_length() - 1)
+        self.is_power_of_two = self.block == dim
+
+    def first_signs(self, x: Register, offset: Value) -> Register:
+        return self.s.flip_signs(x, load_signs(self.s, self.signs, offset))
+
+    def forward(self) -> None:
+        """Rotate; the signs of step 0 have been applied already."""
+        s = self.s
+        with s.loop(self.rounds) as r:
+            if self.is_power_of_two:
+                masks = self._masks(s.at(r, 1))
+                transform_memory(s, self.row, self.dim, last=self._flip(masks))
+                return
+            for half in (0, 1):
+                self._transform_part(half)
+                masks = self._masks(s.at(s.times(r, 2), half + 1))
+                mix_halves(s, self.row, self.dim, after=masks)
+
+    def back(self) -> None:
+        """Rotate back, all but the signs of step 0."""
+        s = self.s
+        with s.loop(self.rounds) as i:
+            r = s.b.sub(s.b.sub(self.rounds, i), s.int64(1))
+            if self.is_power_of_two:
+                masks = self._masks(s.at(r, 1))
+                transform_memory(s, self.row, self.dim, first=self._flip(masks))
+                return
+            for half in (1, 0):
+                masks = self._masks(s.at(s.times(r, 2), half + 1))
+                mix_halves(s, self.row, self.dim, before=masks)
+                self._transform_part(half)
+
+    def _masks(self, step: Value) -> Value:
+        return self.s.at(self.signs, self.s.times(step, self.pitch))
+
+    def _flip(self, masks: Value) -> Hook:
+        s = self.s
+
+        def hook(registers: list[Register], offsets: list[Value]) -> list[Register]:
+            return [
+                s.flip_signs(x, load_signs(s, masks, o))
+                for x, o in zip(registers, offsets, strict=True)
+            ]
+
+        return hook
+
+    def _transform_part(self, half: int) -> None:
+        s, scale = self.s, self.s.const_f(1 / math.sqrt(self.block))
+        base = s.at(self.row, 4 * half * (self.dim - self.block))
+
+        def normalise(registers: list[Register], offsets: list[Value]) -> list[Register]:
+            return [s.b.fmul(x, scale) for x in registers]
+
+        transform_memory(s, base, self.block, last=normalise)
+
+
+def rotate_registers(
+    s: Simd, rows: list[list[Register]], signs: Value, pitch: int, rounds: Value, *, back: bool
+) -> list[list[Register]]:
+    """Rotate several rows held in registers, in step: they hide each other's latencies."""
+    b, count = s.b, len(rows[0])
+    flat = [x for row in rows for x in row]
+    before, loop, done = b.block, b.append_basic_block("round"), b.append_basic_block("rotated")
+    b.branch(loop)
+    b.position_at_end(loop)
+    turn = b.phi(I64)
+    turn.add_incoming(s.int64(0), before)
+    phis = [b.phi(vector(F32, s.width)) for _ in flat]
+    for phi, x in zip(phis, flat, strict=True):
+        phi.add_incoming(x, before)
+    step = b.sub(b.sub(rounds, turn), s.int64(1)) if back else turn
+    masks = s.at(signs, s.times(step, pitch))
+    flips = [load_signs(s, masks, 4 * s.width * k) for k in range(count)]
+    result = []
+    for u in range(len(rows)):
+        registers = phis[u * count : (u + 1) * count]
+        if not back:
+            registers = [s.flip_signs(x, f) for x, f in zip(registers, flips, strict=True)]
+        registers = transform_registers(s, registers)
+        if back:
+            registers = [s.flip_signs(x, f) for x, f in zip(registers, flips, strict=True)]
+        result.append(registers)
+    following = s.at(turn, 1)
+    turn.add_incoming(following, b.block)
+    for phi, x in zip(phis, [x for row in result for x in row], strict=True):
+        phi.add_incoming(x, b.block)
+    b.cbranch(b.icmp_signed("<", following, rounds), loop, done)
+    b.position_at_end(done)
+    return result
