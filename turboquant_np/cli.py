@@ -17,7 +17,7 @@ from .commands import CommandError
 # Each module has add_parser(subparsers), or add_parsers for several commands, and sets `run`: a
 # function of the parsed arguments that returns the exit code.  Modules import NumPy, Numba and the
 # library inside `run`, so that --help is quick.
-COMMANDS = ("demo", "validate", "memory", "doctor")
+COMMANDS = ("demo", "validate", "memory", "doctor", "bench")
 
 DESCRIPTION = """\
 Quantise vectors to 1-8 bits a coordinate with TurboQuant (arXiv:2504.19874): close to the least
