@@ -16,8 +16,8 @@ BAR_WIDTH = 24
 class ProgressBar:
     """Draws ``label [####----] 42 %`` with elapsed time, rate and remaining time on one line.
 
-    Draws nothing unless `stream` is a terminal, so output in files and pipes stays clean.  Call it as
-    the library calls a `progress` callback: with what is done so far and with the total.
+    Draws nothing unless `stream` is a terminal, so output in files and pipes stays clean.  It is
+    called as the library calls a `progress` callback: with what is done so far, and the total.
 
     Parameters
     ----------

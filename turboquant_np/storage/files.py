@@ -98,7 +98,13 @@ def load(path: PathLike, *, backend: str = "auto") -> QuantizedArray:
         return _assemble(contents, _read_array, backend)
 
 
-def open(path: PathLike, *, verify: bool = False, backend: str = "auto") -> QuantizedArray:
+def open(
+    path: PathLike,
+    *,
+    verify: bool = False,
+    backend: str = "auto",
+    progress: Progress | None = None,
+) -> QuantizedArray:
     """Open a quantised array without reading it: codes and scales are memory-mapped.
 
     Index the result to decode some of its vectors; only their bytes are read.
@@ -112,6 +118,8 @@ def open(path: PathLike, *, verify: bool = False, backend: str = "auto") -> Quan
         the rotation matrix are always verified.
     backend : str
         Of the quantiser, see `TurboQuantConfig`.
+    progress : callable, optional
+        Called with (bytes_done, bytes_total) during verification.
 
     Raises
     ------
@@ -140,7 +148,7 @@ def open(path: PathLike, *, verify: bool = False, backend: str = "auto") -> Quan
     """
     with reading(path) as contents:
         if verify:
-            verify_checksums(contents)
+            verify_checksums(contents, progress)
         return _assemble(contents, _map_array, backend)
 
 

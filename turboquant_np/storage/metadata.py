@@ -162,11 +162,20 @@ class Metadata:
     def make_quantizer(
         self, rotation: npt.NDArray[np.int32] | None, backend: str = "auto"
     ) -> TurboQuant:
-        """The quantiser that decodes the codes; `rotation` is the array of that name, if any."""
+        """The quantiser that decodes the codes; `rotation` is the array of that name, if any.
+
+        Raises
+        ------
+        StorageError
+            If the array is no rotation.
+        """
         settings = self._settings() | {"backend": backend, "dtype": self.dtype}
         if rotation is not None:
             settings["rotation"] = rotation.astype(np.float64) * 2.0**-MATRIX_FRACTION_BITS
-        return TurboQuant(**settings)
+        try:
+            return TurboQuant(**settings)
+        except ValueError as error:
+            raise StorageError(f"the metadata name impossible settings: {error}") from error
 
     def _settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {

@@ -75,7 +75,7 @@ def encode_npy(
     ...     tqn.open(f"{folder}/x.npz")
     QuantizedArray(shape=(1000, 128), dtype=float32, bits=4, nbytes=68000)
     """
-    array = _map_npy(Path(source)) if isinstance(source, (str, os.PathLike)) else source
+    array = map_npy(source) if isinstance(source, (str, os.PathLike)) else source
     stored = _element_dtype(np.dtype(array.dtype), dtype)
     shape = tuple(int(n) for n in array.shape)
     if not shape or shape[-1] != quantizer.head_dim:
@@ -191,20 +191,25 @@ def _subscript(block: Block) -> str:
     return ", ".join(f"{i.start}:{i.stop}" if isinstance(i, slice) else str(i) for i in block)
 
 
-def _map_npy(path: Path) -> Any:
+def map_npy(path: PathLike) -> Any:
+    """Memory-map a .npy file, read-only; ValueError if it is none."""
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read as a .npy file: {error}") from error
+        raise ValueError(f"{os.fspath(path)} cannot be read as a .npy file: {error}") from error
 
 
 def _element_dtype(own: np.dtype[Any], said: Any) -> np.dtype[Any]:
     """The dtype of the elements: their own, or the one the caller says that the bytes have."""
     if said is None:
         if own.name not in _arrays.FLOAT_NAMES:
+            remedy = (
+                "pass dtype='bfloat16' if its bytes are those"
+                if own.itemsize == 2
+                else "convert it with astype(numpy.float32) if that loses nothing"
+            )
             raise TypeError(
-                f"the source must be {', '.join(_arrays.FLOAT_NAMES)}, got {own}; convert it, or "
-                "pass dtype='bfloat16' if it holds the bytes of bfloat16 numbers"
+                f"the source must be {', '.join(_arrays.FLOAT_NAMES)}, got {own}; {remedy}"
             )
         return own
     dtype = _arrays.float_dtype(said)
