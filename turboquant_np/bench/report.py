@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from statistics import median
 from typing import Any
 
 from ..commands.table import format_table, significant
@@ -72,17 +73,14 @@ def codec(rows: Iterable[Row]) -> str:
 
 def _bandwidths(rows: list[Row]) -> str:
     """The rooflines, as medians over all lines."""
+    rates: dict[tuple[int, str], list[float]] = {}
+    for row in rows:
+        rates.setdefault((row["threads"], row["roofline"]), []).append(row["roofline_rate"])
     parts = []
-    for threads in sorted({row["threads"] for row in rows}):
-        for roofline in ("read", "copy"):
-            rates = sorted(
-                row["roofline_rate"]
-                for row in rows
-                if (row["threads"], row["roofline"]) == (threads, roofline)
-            )
-            where = f"{threads} thread{'s' if threads > 1 else ''}" if threads else "GPU"
-            parts.append(f"{roofline} {rates[len(rates) // 2]:.1f} GB/s ({where})")
-    return "Measured in turns with them: " + ", ".join(parts)
+    for (threads, roofline), measured in rates.items():
+        where = f"{threads} thread{'s' if threads > 1 else ''}" if threads else "GPU"
+        parts.append(f"{roofline} {median(measured):.1f} GB/s ({where})")
+    return f"Measured in turns with them: {', '.join(parts)}"
 
 
 def haar(rows: Iterable[Row]) -> str:
