@@ -49,9 +49,10 @@ def contents(q: QuantizedArray) -> tuple[Any, ...]:
 )
 def intact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small file of each format, with and without a rotation matrix."""
-    path = tmp_path_factory.mktemp("intact") / request.param
+    name: str = request.param
+    path = tmp_path_factory.mktemp("intact") / name
     matrix = np.linalg.qr(np.random.default_rng(4).standard_normal((4, 4)))[0]
-    tqn.save(path, quantized(matrix if request.param.startswith("matrix") else "hadamard"))
+    tqn.save(path, quantized(matrix if name.startswith("matrix") else "hadamard"))
     return path
 
 
@@ -239,7 +240,6 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"rotation": None}, "unknown rotation None"),
     ({"comment": "hello"}, "must have the fields"),
     ({"crc32": {"packed": "00000000"}}, "checksums of packed"),
-    ({"crc32": {"packed": "00000000", "norms": "00000000"}}, None),
 ]
 
 
@@ -247,14 +247,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
 def test_metadata_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
     arrays = arrays_of(quantized(), tmp_path)
     record = json.loads(arrays["metadata"].item()) | changes
-    arrays["metadata"] = signed(record)
-    if match is not None:
-        assert_rejected(tmp_path, arrays, match)
-    else:  # wrong checksums of codes and scales: found when they are read
-        for suffix, write in WRITERS.items():
-            write(tmp_path / f"q.{suffix}", arrays)
-            with pytest.raises(StorageError, match="is damaged: its checksum is"):
-                tqn.load(tmp_path / f"q.{suffix}")
+    assert_rejected(tmp_path, arrays | {"metadata": signed(record)}, match)
 
 
 def test_metadata_without_a_field(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +165,9 @@ class QuantizedArray:
         if self.ndim == 1:
             raise TypeError("a single vector has no rows; decode() gives its coordinates")
         return self.shape[0]
+
+    def __iter__(self) -> Iterator[QuantizedArray]:
+        return (self[i] for i in range(len(self)))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy is False:
