@@ -18,6 +18,7 @@ from turboquant_np._backend import load
 from turboquant_np.cli import main
 from turboquant_np.commands import demo, doctor, validate
 
+COMMANDS = "demo", "quantize", "restore", "inspect", "validate", "memory", "doctor", "bench"
 CAPTURED = pytest.CaptureFixture[str]
 
 
@@ -40,7 +41,7 @@ def test_help_of_the_module() -> None:
     done = run_python("-m", "turboquant_np", "--help")
     assert done.returncode == 0
     assert done.stderr == ""
-    for command in ("demo", "validate", "memory", "doctor"):
+    for command in COMMANDS:
         assert f"\n    {command} " in done.stdout
     assert "start here:\n  turboquant-np demo " in done.stdout
 
@@ -53,7 +54,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert run_python("-c", code).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "validate", "memory", "doctor"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_says_what_it_does(command: str, capsys: CAPTURED) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -150,6 +151,33 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         )
     assert done.returncode == 141
     assert done.stderr == b""
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path: Path, capsys: CAPTURED) -> None:
+    missing = tmp_path / "no-such-folder" / "v.npz"
+    assert main(["inspect", str(missing)]) == 2
+    assert (
+        capsys.readouterr().err == f"turboquant-np: error: {missing}: No such file or directory\n"
+    )
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def test_vectors_through_files(tmp_path: Path, capsys: CAPTURED) -> None:
+    rng = np.random.Generator(np.random.PCG64(5))
+    x = rng.standard_normal((50, 4, 48)).astype(np.float32)
+    source, packed, restored = (tmp_path / name for name in ("x.npy", "x.npz", "y.npy"))
+    np.save(source, x)
+    assert main(["quantize", str(source), "--bits", "3", "--seed", "7"]) == 0
+    assert main(["restore", str(packed), str(restored)]) == 0
+    tq = TurboQuant(head_dim=48, bits=3, seed=7)
+    np.testing.assert_array_equal(np.load(restored), tq.decode(*tq.encode(x), dtype=np.float32))
+    capsys.readouterr()
+    assert main(["inspect", str(packed), "--json"]) == 0
+    assert printed_json(capsys)["bits"] == 3
+    assert main(["quantize", str(source)]) == 2, "an existing file is not overwritten"
+    assert str(packed) in capsys.readouterr().err
 
 
 # -- demo ----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from .commands import CommandError
 # Each module has add_parser(subparsers), or add_parsers for several commands, and sets `run`: a
 # function of the parsed arguments that returns the exit code.  Modules import NumPy, Numba and the
 # library inside `run`, so that --help is quick.
-COMMANDS = ("demo", "validate", "memory", "doctor", "bench")
+COMMANDS = ("demo", "files", "validate", "memory", "doctor", "bench")
 
 DESCRIPTION = """\
 Quantise vectors to 1-8 bits a coordinate with TurboQuant (arXiv:2504.19874): close to the least
@@ -32,6 +32,8 @@ start here:
 
 your own vectors:
   turboquant-np quantize vectors.npy --bits 4
+  turboquant-np inspect vectors.npz
+  turboquant-np restore vectors.npz restored.npy
   turboquant-np COMMAND --help             options and examples of a command
 
 exit codes: 0 done, 1 a check failed, 2 a mistake in the call, 130 stopped with Ctrl-C
@@ -110,6 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if arguments.debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"turboquant-np: error: {message}", file=sys.stderr)
+        print(f"turboquant-np: error: {one_line(error)}", file=sys.stderr)
         return 2
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, without line breaks and error numbers."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -37,7 +37,7 @@ The data come with the package: 3 layers of SmolLM2-135M-Instruct, 256 tokens of
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo",
-        help="quantise real keys and values, measure the error beside theory, draw it",
+        help="real keys and values at 1 to 8 bits: errors, theory, a plot",
         description="Quantise the keys and values of a real language model at several bit widths, "
         "and measure what it does to them, to attention scores and to attention outputs.",
         epilog=EPILOG,
@@ -219,11 +219,11 @@ def report(sample: Sample, rows: list[Row]) -> str:
     table = format_table(
         [
             "bits",
-            "bytes per\nvector",
+            "bytes a\nvector",
             "times\nsmaller",
-            "squared error\nof keys",
-            "\nvalues",
-            "\ntheory",
+            "error of\nkeys",
+            "error of\nvalues",
+            "theory",
             "lower\nbound",
             "upper\nbound",
             "error of\nscores",
@@ -257,9 +257,9 @@ Attention: {query_heads} heads, the last {num_queries} tokens as queries, causal
 
 {table}
 
-Squared errors are relative to the squared length. `theory` is the exact expectation, whatever the
+Errors are squared and relative to the squared length; that of scores, q.k/sqrt({head_dim}), is the
+root mean square, KL is in nats. `theory` is the exact expectation over rotations, whatever the
 data are; the bounds are those of the paper. Nothing was trained, and real data follow the theory.
-Scores are q.k/sqrt({head_dim}), their error is the root mean square; KL is in nats for a query.
 Subtracting a head's mean key (first {OFFSET_TOKENS} tokens) before encoding is exact under softmax:
 it takes the KL at {middle.bits} bit{plural} from {before} to {after}."""
 

@@ -47,7 +47,7 @@ class Verdict:
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "validate",
-        help="measure the error on random vectors and judge it by theory: PASS or FAIL",
+        help="PASS or FAIL: the error of random vectors beside theory",
         description="Measure the squared error of random unit vectors and judge it by theory.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
