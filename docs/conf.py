@@ -26,6 +26,7 @@ myst_enable_extensions = ["attrs_block", "deflist"]
 myst_heading_anchors = 3
 
 default_role = "code"
+toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 numpydoc_show_class_members = False
@@ -48,5 +49,6 @@ html_theme_options = {
     "footer_end": [],
     "secondary_sidebar_items": ["page-toc"],
     "show_prev_next": True,
+    "show_toc_level": 2,
 }
 html_sidebars: dict[str, list[str]] = {"format": [], "differences": [], "changelog": []}

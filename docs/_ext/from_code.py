@@ -21,7 +21,7 @@ from turboquant_np.memory import MODELS, kv_bytes_per_token
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
-HELP_COLUMNS = "88"
+HELP_COLUMNS = "84"
 
 
 class MarkdownTable(Directive):  # type: ignore[misc]
@@ -94,8 +94,10 @@ def _summary(backend: str) -> str:
 
 
 def no_emphasis(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: Any) -> None:
-    """Shapes like [*n, d] would start emphasis; this star, of the same width, keeps tables whole."""
-    lines[:] = [re.sub(r"(?<=[\[ ])\*(?=\w)", "\N{ASTERISK OPERATOR}", line) for line in lines]
+    """Shapes like [*n, d] would start emphasis; a star of the same width keeps tables whole."""
+    for i, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "...")):
+            lines[i] = re.sub(r"(?<=[\[ ])\*(?=\w)", "\N{ASTERISK OPERATOR}", line)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
