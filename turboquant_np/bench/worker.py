@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 __all__ = ["Options", "measure", "measure_in_process", "usable_cores"]
@@ -53,12 +54,10 @@ def measure(options: Options, threads: int) -> dict[str, list[dict[str, Any]]]:
 
     bench = CodecBench(options.device, threads, options.megabytes, options.backend)
     cases = codec_cases(options.full)
-    pairs = [
-        (peer, head_dim, bits)
-        for peer in (installed_peers() if options.peers else [])
-        for head_dim in ((64, 128, 256, 768, 1536) if options.full else (128, 768, 1536))
-        for bits in ((2, 4) if options.full else (4,))
-    ]
+    head_dims = (64, 128, 256, 768, 1536) if options.full else (128, 768, 1536)
+    settings = [*product(head_dims, (4,)), *([(128, 2)] if options.full else [])]
+    compared = installed_peers() if options.peers else []
+    pairs = [(peer, *setting) for peer, setting in product(compared, settings)]
     where = options.device if options.device != "cpu" else f"{threads} threads"
     codec, peers = [], []
     with ProgressBar(f"bench, {where}", "cases") as progress:
@@ -117,4 +116,7 @@ def _confined_to(cores: int) -> Iterator[None]:
 
 if __name__ == "__main__":
     settings, threads = json.loads(sys.argv[1])
-    json.dump(measure(Options(**settings), threads), sys.stdout)
+    try:
+        json.dump(measure(Options(**settings), threads), sys.stdout)
+    except KeyboardInterrupt:  # the parent was interrupted too, and says what there is to say
+        sys.exit(130)
