@@ -12,6 +12,7 @@ import llvmlite
 import numba
 import numpy as np
 
+from .attention import attention
 from .codec import decode, encode
 from .compile import cache_directory
 from .inner_products import inner_products
@@ -19,6 +20,7 @@ from .simd import target
 from .threads import num_threads
 
 __all__ = [
+    "attention",
     "decode",
     "describe",
     "device",

@@ -118,15 +118,20 @@ def launch(
             address(scratch(spec.head_dim)),
             at_exponents + 8 * start,
         )
-        if status == FLUSHES_SUBNORMALS:
-            raise RuntimeError(
-                "this thread's CPU flushes subnormal numbers to zero (a library has set "
-                "flush-to-zero or denormals-are-zero), so codes could differ from the format; "
-                "switch it off, for example with torch.set_flush_denormal(False), or encode in a "
-                "thread started before it was set"
-            )
+        check_status(status)
 
     for_rows(len(source), spec.head_dim, run)
+
+
+def check_status(status: int) -> None:
+    """Raise what a kernel reports."""
+    if status == FLUSHES_SUBNORMALS:
+        raise RuntimeError(
+            "this thread's CPU flushes subnormal numbers to zero (a library has set flush-to-zero "
+            "or denormals-are-zero), so codes could differ from the format; switch it off, for "
+            "example with torch.set_flush_denormal(False), or work in a thread started before it "
+            "was set"
+        )
 
 
 def row_blocks(vectors: Any, dim: int) -> Iterator[tuple[int, Any]]:

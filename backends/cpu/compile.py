@@ -20,6 +20,7 @@ from numba import njit, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
+from .attend_units import emit_attend, emit_merge
 from .decode import emit_decode, emit_look_up
 from .dense import emit_decode_product, emit_encode_product, emit_fix
 from .encode import emit_encode
@@ -35,6 +36,8 @@ BODIES = {
     "decode": emit_decode,
     "look_up": emit_look_up,
     "decode_product": emit_decode_product,
+    "attend": emit_attend,
+    "merge": emit_merge,
 }
 SIGNATURE = types.int64(*[types.int64] * len(Arguments._fields))
 

@@ -24,7 +24,8 @@ class Plan:
 
     Attributes
     ----------
-    kind : {"encode", "fix", "encode_product", "decode", "look_up", "decode_product"}
+    kind : {"encode", "fix", "encode_product", "decode", "look_up", "decode_product", "attend",
+        "merge"}
     dim, bits : int
     dtype : str
         Element type of the vectors on the side that is not codes.
@@ -33,6 +34,8 @@ class Plan:
         Of the quantiser's grid; 0 if it has none.
     output : {"codes", "z"}
         Whether an encoder writes packed codes or the float32 coordinates they are made from.
+    value_bits : int
+        Attention: bits of the values; `bits` are those of the keys.
     """
 
     kind: str
@@ -42,6 +45,7 @@ class Plan:
     scale: str = "norm"
     cells: int = 0
     output: str = "codes"
+    value_bits: int = 0
 
     def key(self) -> str:
         """A text from which `from_key` makes an equal plan."""
@@ -49,8 +53,8 @@ class Plan:
 
     @classmethod
     def from_key(cls, key: str) -> Plan:
-        kind, dim, bits, dtype, scale, cells, output = key.split()
-        return cls(kind, int(dim), int(bits), dtype, scale, int(cells), output)
+        kind, dim, bits, dtype, scale, cells, output, value_bits = key.split()
+        return cls(kind, int(dim), int(bits), dtype, scale, int(cells), output, int(value_bits))
 
     @property
     def is_power_of_two(self) -> bool:
