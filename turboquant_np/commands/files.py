@@ -183,7 +183,8 @@ def run_restore(arguments: argparse.Namespace) -> int:
         quantized = quantized[arguments.rows]
     with ProgressBar("restore", "vectors") as progress:
         decode_npy(quantized, arguments.destination, dtype=arguments.dtype, progress=progress)
-    print(f"{arguments.destination}: {_shape_text(quantized.shape)}")
+    dtype = arguments.dtype or quantized.dtype
+    print(f"{arguments.destination}: {_shape_text(quantized.shape)} {dtype}")
     return 0
 
 

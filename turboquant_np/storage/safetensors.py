@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .._extras import missing_extra
 from .container import Region, RowSink, Write, array_bytes, match_arrays
 from .metadata import ArrayInfo, Metadata, StorageError
 
@@ -120,7 +121,4 @@ def _library() -> Any:
     try:
         return importlib.import_module("safetensors")
     except ImportError as error:
-        raise ImportError(
-            "files ending in .safetensors need the safetensors library: "
-            "pip install 'turboquant-np[io]'; or use .npz"
-        ) from error
+        raise missing_extra("a .safetensors file", "io", error) from error
