@@ -117,6 +117,28 @@ class ChunkSettings:
         scale_bytes = scales.astype(SCALE_DTYPE, copy=False).reshape(-1).view(np.uint8)
         return np.concatenate([packed.reshape(-1), scale_bytes])
 
+    def keep_untouched(self, new: Any, old: Any, touched: Any) -> Any:
+        """Bytes of a chunk: `new` for vectors with a `touched` value, `old` for the others.
+
+        Encoding what was decoded is no identity (the norm of a decoded vector is a little smaller),
+        so vectors which an assignment does not reach must keep their codes and scales.
+
+        Parameters
+        ----------
+        new, old : array, uint8, 1-d
+            As `encode_chunk` gives them; `new` is changed in place.
+        touched : array, bool, of the shape of the chunk
+        """
+        kept = ~touched.reshape(-1, self.quantizer.head_dim).any(axis=-1)
+        split = len(kept) * self.quantizer.packed_dim
+        for part in (slice(None, split), slice(split, None)):
+            new[part].reshape(len(kept), -1)[kept] = old[part].reshape(len(kept), -1)[kept]
+        return new
+
+    def is_zero(self, data: Any, shape: tuple[int, ...]) -> bool:
+        """Whether every vector of an encoded chunk decodes to zeros: all scales are 0."""
+        return not bool(data[self._num_vectors(shape) * self.quantizer.packed_dim :].any())
+
     def decode_chunk(self, data: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         """Undo `encode_chunk` for a chunk of `shape`.
 

@@ -20,6 +20,7 @@ from ._extras import missing_extra
 try:
     from zarr.abc.codec import ArrayBytesCodec
     from zarr.abc.codec import ArrayBytesCodecPartialDecodeMixin as PartialDecode
+    from zarr.abc.codec import ArrayBytesCodecPartialEncodeMixin as PartialEncode
     from zarr.abc.store import OffsetByteRequest, RangeByteRequest
     from zarr.core.common import parse_named_configuration
 except ImportError as error:
@@ -28,7 +29,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from typing import Self
 
-    from zarr.abc.store import ByteGetter
+    from zarr.abc.store import ByteGetter, ByteSetter
     from zarr.core.array_spec import ArraySpec
     from zarr.core.buffer import Buffer, NDBuffer
 
@@ -37,18 +38,23 @@ __all__ = ["TurboQuantCodec"]
 NAME = "turboquant"
 
 
+class _Serializer(ArrayBytesCodec, PartialDecode, PartialEncode):  # type: ignore[misc]
+    """What Zarr expects of a serializer that reads and writes parts of chunks."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class TurboQuantCodec(ChunkSettings, ArrayBytesCodec, PartialDecode):  # type: ignore[misc]
+class TurboQuantCodec(ChunkSettings, _Serializer):
     """Store float arrays as TurboQuant codes: the serializer of a Zarr array.
 
-    Vectors lie along the last axis.  Reading some rows of a chunk reads and decodes only those, as
-    long as no compressor follows (codes are close to random, so there is nothing left to compress).
+    Vectors lie along the last axis.  As long as no compressor follows (codes are close to random,
+    so there is nothing left to compress), reading some rows of a chunk reads and decodes only
+    those, and writing some leaves the codes of the others as they are.
 
     Parameters
     ----------
     head_dim : int, optional
         Length of a vector; must divide the last axis of the array and of its chunks.  By default
-        a vector is the whole last axis.
+        a vector is the whole last axis (in a shard, that of an inner chunk).
     bits : int
         Bits per value, 1 to 8.
     seed : int
@@ -190,6 +196,55 @@ class TurboQuantCodec(ChunkSettings, ArrayBytesCodec, PartialDecode):  # type: i
             chunk_spec.dtype.to_native_dtype(),
         )
         return prototype.nd_buffer.from_ndarray_like(chunk)[(shifted, *selection[1:])]
+
+    async def _encode_partial_single(
+        self, byte_setter: ByteSetter, chunk_array: NDBuffer, selection: Any, chunk_spec: ArraySpec
+    ) -> None:
+        old = None
+        if not _is_whole(selection, chunk_spec.shape):
+            old = await byte_setter.get(chunk_spec.prototype)
+        data = await asyncio.to_thread(
+            self._encode_update, old, chunk_array.as_ndarray_like(), selection, chunk_spec
+        )
+        if data is None:
+            await byte_setter.delete()
+        else:
+            await byte_setter.set(data)
+
+    def _encode_update(
+        self, old: Buffer | None, values: Any, selection: Any, chunk_spec: ArraySpec
+    ) -> Buffer | None:
+        """The bytes of a chunk after an assignment to `selection`; None if only zeros are left."""
+        shape, dtype = chunk_spec.shape, chunk_spec.dtype.to_native_dtype()
+        if values.shape == shape and _is_whole(selection, shape):
+            data = self.encode_chunk(values)
+        elif old is None:
+            chunk = np.zeros(shape, dtype, like=values)
+            _assign(chunk, selection, values)
+            data = self.encode_chunk(chunk)
+        else:
+            chunk = self.decode_chunk(old.as_array_like(), shape, dtype)
+            _assign(chunk, selection, values)
+            touched = np.zeros(shape, bool, like=values)
+            touched[selection] = True
+            data = self.keep_untouched(self.encode_chunk(chunk), old.as_array_like(), touched)
+        if not chunk_spec.config.write_empty_chunks and self.is_zero(data, shape):
+            return None
+        return chunk_spec.prototype.buffer.from_array_like(data)
+
+
+def _is_whole(selection: Any, shape: tuple[int, ...]) -> bool:
+    return all(
+        isinstance(s, slice) and range(n)[s] == range(n)
+        for s, n in zip(selection, shape, strict=True)
+    )
+
+
+def _assign(chunk: Any, selection: Any, values: Any) -> None:
+    """chunk[selection] = values, where `values` may lack axes of length 1."""
+    if values.ndim:
+        values = values.reshape(chunk[selection].shape)
+    chunk[selection] = values
 
 
 def _rows_read(selected: Any, length: int) -> tuple[range, Any]:
