@@ -140,6 +140,7 @@ def row_blocks(vectors: Any, dim: int) -> Iterator[tuple[int, Any]]:
     The whole array is one block, without a copy, if its leading axes collapse into one; else blocks
     of bounded size are copied.
     """
+    vectors = np.atleast_2d(vectors)
     batch = vectors.shape[:-1]
     rows = math.prod(batch)
     if rows == 0:
