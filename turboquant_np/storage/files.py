@@ -83,16 +83,29 @@ def load(path: PathLike, *, backend: str = "auto") -> QuantizedArray:
     backend : str
         Of the quantiser, see `TurboQuantConfig`.
 
+    Returns
+    -------
+    QuantizedArray
+
     Raises
     ------
     StorageError
         If the file is damaged, cut off, foreign, or of a newer format version (a ValueError).
     OSError
         If the file cannot be read.
+    ImportError
+        If the path ends in .safetensors and the library is missing.
 
     Examples
     --------
-    See `save`.
+    >>> import tempfile
+    >>> import numpy as np
+    >>> import turboquant_np as tqn
+    >>> quantized = tqn.QuantizedArray.encode(np.eye(64), tqn.TurboQuant(head_dim=64))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tqn.save(f"{folder}/x.npz", quantized)
+    ...     tqn.load(f"{folder}/x.npz")
+    QuantizedArray(shape=(64, 64), dtype=float64, bits=4, nbytes=2304)
     """
     with reading(path) as contents:
         return _assemble(contents, _read_array, backend)
@@ -120,6 +133,11 @@ def open(
         Of the quantiser, see `TurboQuantConfig`.
     progress : callable, optional
         Called with (bytes_done, bytes_total) during verification.
+
+    Returns
+    -------
+    QuantizedArray
+        Its `packed` and `norms` are read-only.
 
     Raises
     ------

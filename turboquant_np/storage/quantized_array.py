@@ -142,8 +142,8 @@ class QuantizedArray:
         >>> from turboquant_np import QuantizedArray, TurboQuant
         >>> x = np.eye(3, 64, dtype=np.float32)
         >>> quantized = QuantizedArray.encode(x, TurboQuant(head_dim=64, bits=6))
-        >>> quantized.inner_products(x[1]).round(1).tolist()
-        [0.0, 1.0, 0.0]
+        >>> int(quantized.inner_products(x[1]).argmax()), quantized.inner_products(x).shape
+        (1, (3, 3))
         """
         return self.quantizer.inner_products(query, self.packed, self.norms, out=out)
 
