@@ -10,6 +10,8 @@ from typing import Any
 
 from . import CommandError
 
+DEFAULT_MEGABYTES = {"cpu": 64.0, "cuda": 1024.0}  # beyond most caches, and long against a launch
+
 EPILOG = """\
 examples:
   turboquant-np bench                          under a minute
@@ -44,9 +46,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--megabytes",
         type=float,
-        default=64.0,
         metavar="MB",
-        help="size of the vectors of a case, in units of 2**20 bytes; default: 64",
+        help="size of the vectors of a case, in units of 2**20 bytes; default: 64, on a GPU 1024",
     )
     parser.add_argument("--json", metavar="FILE", help="write everything measured, for programs")
     parser.add_argument("--plot", metavar="FILE", help="draw it: .svg, .png or .pdf")
@@ -54,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if not arguments.megabytes > 0:
+    if arguments.megabytes is not None and not arguments.megabytes > 0:
         raise CommandError(f"--megabytes must be positive, got {arguments.megabytes}")
     if arguments.plot and find_spec("matplotlib") is None:
         raise CommandError("--plot needs matplotlib: pip install 'turboquant-np[plot]'")
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
             peers=arguments.peers,
             device=device,
             backend=arguments.backend,
-            megabytes=arguments.megabytes,
+            megabytes=arguments.megabytes or DEFAULT_MEGABYTES[device],
         )
     )
     if arguments.json:
