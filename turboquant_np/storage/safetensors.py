@@ -70,6 +70,22 @@ def read_layout(file: io.BufferedReader) -> tuple[Metadata, tuple[Region, ...]]:
     ImportError
         Without the safetensors library.
     """
+    texts, entries, start = read_header(file)
+    if METADATA_KEY not in texts:
+        raise StorageError(f"the file has no metadata called {METADATA_KEY}")
+    metadata = Metadata.from_json(texts[METADATA_KEY])
+    regions = [_region(name, entry, start) for name, entry in entries.items()]
+    return metadata, match_arrays(regions, metadata)
+
+
+def read_header(file: io.BufferedReader) -> tuple[dict[str, str], dict[str, Any], int]:
+    """The header of an open file: its texts, the entry of each tensor, and where the data start.
+
+    Raises
+    ------
+    StorageError, ImportError
+        As `read_layout`.
+    """
     library = _library()
     try:
         with library.safe_open(file.name, framework="numpy"):
@@ -78,12 +94,7 @@ def read_layout(file: io.BufferedReader) -> tuple[Metadata, tuple[Region, ...]]:
         header = json.loads(file.read(length))
     except Exception as error:  # SafetensorError and errors of its JSON parser
         raise StorageError(f"not a readable .safetensors file: {error}") from error
-    text = header.pop("__metadata__", {}).get(METADATA_KEY)
-    if text is None:
-        raise StorageError(f"the file has no metadata called {METADATA_KEY}")
-    metadata = Metadata.from_json(text)
-    regions = [_region(name, entry, 8 + length) for name, entry in header.items()]
-    return metadata, match_arrays(regions, metadata)
+    return header.pop("__metadata__", None) or {}, header, 8 + length
 
 
 def _region(name: str, entry: dict[str, Any], start: int) -> Region:
