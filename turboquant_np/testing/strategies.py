@@ -18,14 +18,18 @@ from turboquant_np._arrays import float_dtype
 from turboquant_np._spec import SCALE_KINDS
 from turboquant_np.config import ROTATION_KINDS
 
-try:
-    from hypothesis import strategies as st
-except ImportError as error:
-    raise ImportError(
-        f"{__name__} needs Hypothesis: pip install 'turboquant-np[testing]'"
-    ) from error
+from ._hypothesis import st
 
-__all__ = ["DEVICE_LAYOUTS", "HEAD_DIMS", "LAYOUTS", "configs", "float_arrays", "lay_out", "shapes"]
+__all__ = [
+    "DEVICE_LAYOUTS",
+    "HEAD_DIMS",
+    "LAYOUTS",
+    "configs",
+    "float_arrays",
+    "lay_out",
+    "seeds",
+    "shapes",
+]
 
 #: Powers of two and their neighbours, odd numbers, and the head_dims of well-known models.
 HEAD_DIMS = (2, 3, 4, 5, 7, 8, 16, 31, 32, 33, 63, 64, 65, 80, 96, 100, 112, 127, 128, 192, 256)
@@ -34,7 +38,7 @@ HEAD_DIMS = (2, 3, 4, 5, 7, 8, 16, 31, 32, 33, 63, 64, 65, 80, 96, 100, 112, 127
 DEVICE_LAYOUTS = ("C", "F", "reversed", "strided")
 LAYOUTS = (*DEVICE_LAYOUTS, "offset", "read-only", "swapped")
 
-_MAX_SEED = 2**32 - 1
+_MAX_SEED = 2**32 - 1  # seeds are taken modulo 2**32
 
 
 def shapes(
@@ -130,6 +134,11 @@ def lay_out(x: Any, layout: str) -> Any:
     return x
 
 
+def seeds() -> st.SearchStrategy[int]:
+    """Seeds of rotations: small ones, large ones and negative ones."""
+    return st.integers(0, 50) | st.integers(-_MAX_SEED, _MAX_SEED)
+
+
 def configs(
     *,
     head_dims: Iterable[int] = HEAD_DIMS,
@@ -154,7 +163,7 @@ def configs(
         TurboQuantConfig,
         head_dim=st.sampled_from(list(head_dims)),
         bits=st.sampled_from(list(bits)),
-        seed=st.integers(0, 50) | st.integers(-_MAX_SEED, _MAX_SEED),
+        seed=seeds(),
         hadamard_rounds=st.sampled_from([3, 1, 2, 4]),
         rotation=st.sampled_from(list(rotations)),
         scale=st.sampled_from(list(scales)),
