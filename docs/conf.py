@@ -51,4 +51,9 @@ html_theme_options = {
     "show_prev_next": True,
     "show_toc_level": 2,
 }
-html_sidebars: dict[str, list[str]] = {"format": [], "differences": [], "changelog": []}
+html_sidebars: dict[str, list[str]] = {
+    "tutorial/*": [],
+    "format": [],
+    "differences": [],
+    "changelog": [],
+}

@@ -198,17 +198,19 @@ def draw_scales(vectors: int = 40_000) -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.5), layout="constrained")
     kinds = (("norm", GREY, "o"), ("mse", BLUE, "s"), ("unbiased", ORANGE, "D"))
     exact = x.astype(np.float64)
+    of_norm: list[float] = []
     for kind, color, marker in kinds:
         slopes, errors = [], []
         for b in bits:
             tq = TurboQuant(head_dim=d, bits=b, scale=kind)
             decoded = tq.decode(*tq.encode(x), dtype=np.float32).astype(np.float64)
             slopes.append(float((decoded * exact).sum(axis=1).mean()))
-            errors.append(float(((decoded - exact) ** 2).sum(axis=1).mean()) / expected_mse(d, b))
+            errors.append(float(((decoded - exact) ** 2).sum(axis=1).mean()))
+        of_norm = of_norm or errors
         size = 8.5 if kind == "norm" else 5.5  # "mse" lies upon it
         style = {"color": color, "marker": marker, "ms": size, "lw": 1.2, "label": kind}
         left.plot(bits, slopes, **style)
-        right.plot(bits[1:], errors[1:], **style)
+        right.plot(bits[1:], [e / n for e, n in zip(errors, of_norm, strict=True)][1:], **style)
     left.set_title("slope of inner products, 1 is unbiased")
     left.set_ylim(0.6, 1.04)
     right.set_title("squared error, relative to scale “norm”")
