@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import zipfile
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +21,7 @@ from hypothesis import strategies as st
 
 import turboquant_np as tqn
 from turboquant_np import QuantizedArray, StorageError, TurboQuant
+from turboquant_np.storage import files
 
 FORMATS = ["npz", "safetensors"]
 
@@ -357,3 +361,71 @@ def test_other_kinds_of_npz(tmp_path: Path) -> None:
     write_npz(tmp_path / "q.npz", arrays | {"metadata": np.zeros(2**17, np.uint8)})
     with pytest.raises(StorageError, match=r"no metadata\.npy as this library writes it"):
         tqn.load(tmp_path / "q.npz")
+
+
+def npy(array: npt.NDArray[Any], version: tuple[int, int] = (1, 0)) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, version)
+    return file.getvalue()
+
+
+def write_zip(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+
+
+def test_npz_that_numpy_would_not_write(tmp_path: Path) -> None:
+    path = tmp_path / "q.npz"
+    members = {f"{n}.npy": npy(a) for n, a in arrays_of(quantized(), tmp_path).items()}
+    write_zip(path, list(members.items()))
+    assert contents(tqn.load(path)) == contents(quantized())
+    packed = members["packed.npy"]
+    for name, content, match in [
+        ("packed.npy", packed + b"x", "has another size than its header says"),
+        ("packed.npy", packed[:-1], "has another size than its header says"),
+        ("packed.npy", npy(quantized().packed, (2, 0)), r"has \.npy version \(2, 0\)"),
+        ("packed.npy", b"", "not a readable .npz file"),
+        ("notes.txt", b"hello", "not a readable .npz file"),
+    ]:
+        write_zip(path, list((members | {name: content}).items()))
+        with pytest.raises(StorageError, match=match):
+            tqn.load(path)
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        write_zip(path, [*members.items(), ("packed.npy", packed)])
+    with pytest.raises(StorageError, match="names a member twice"):
+        tqn.load(path)
+
+
+def test_a_zip_directory_that_promises_more_than_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "q.npz"
+    arrays = arrays_of(quantized(), tmp_path)
+    rows = 10**6
+    arrays["metadata"] = signed(json.loads(arrays["metadata"].item()) | {"shape": [rows, 4]})
+    arrays["norms"] = np.zeros(rows, np.float32)
+    members = {f"{n}.npy": npy(a) for n, a in arrays.items() if n != "packed"}
+    packed = npy(np.zeros((rows, 2), np.uint8))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+        archive.writestr("packed.npy", packed[:5000])
+        directory_entry = archive.getinfo("packed.npy")
+        directory_entry.file_size = directory_entry.compress_size = len(packed)
+    for read in tqn.load, tqn.open:
+        with pytest.raises(StorageError, match="the file is cut off"):
+            read(path)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"q.{suffix}"
+    tq = TurboQuant(head_dim=64, bits=8, backend="reference")
+    tqn.save(
+        path, QuantizedArray(np.zeros((10_000, 64), np.uint8), np.ones(10_000, np.float32), tq)
+    )
+    with files.reading(path) as opened:
+        os.truncate(path, 100_000)
+        with pytest.raises(StorageError, match="the file is cut off"):
+            files.verify_checksums(opened)
+        with pytest.raises(StorageError, match="the file is cut off"):
+            files._assemble(opened, files._read_array, "auto")

@@ -140,7 +140,16 @@ def test_anything_that_can_be_sliced(tmp_path: Path, small_blocks: int) -> None:
     dataset = Dataset(x)
     assert_encodes(dataset, tmp_path / "x.npz", x)
     assert dataset.indices == [(slice(0, 5),), (slice(5, 10),), (slice(10, 12),)]
-    assert_encodes(x[::-1], tmp_path / "x.npz", x[::-1])
+    assert_encodes(x[::-1], tmp_path / "x.npz", x[::-1], dtype="float32")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_source_shorter_than_it_says(tmp_path: Path, small_blocks: int, suffix: str) -> None:
+    dataset = Dataset(normal(12, 8))
+    dataset.shape = (13, 8)
+    with pytest.raises(ValueError, match="the rows written make"):
+        tqn.encode_npy(dataset, tmp_path / f"x.{suffix}", quantizer(8))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_quantizing_again_with_other_settings(tmp_path: Path, small_blocks: int) -> None:
