@@ -35,6 +35,7 @@ class Problem:
         rotation: str = "hadamard",
         context_lens: tuple[int, ...] = (5, 40, 0),
         query_lens: tuple[int, ...] | int = 1,
+        query_positions: tuple[int, ...] | None = None,
         num_kv_heads: int = 2,
         group: int = 4,
         block_size: int = 16,
@@ -77,6 +78,8 @@ class Problem:
         elif query_lens != 1:
             query_shape = (len(lens), query_lens, heads, head_dim)
         self.query = rng.standard_normal(query_shape, np.float32).astype(dtype)
+        if query_positions is not None:
+            options["query_positions"] = np.array(query_positions, np.int32)
         if sinks:
             options["sinks"] = rng.standard_normal(heads).astype(np.float32)
         if key_offset:
@@ -136,16 +139,19 @@ class Problem:
         """(sequence, number in the batch, position) of each query token."""
         t = 0
         for s, length in enumerate(self.lens):
+            first = int(self.context_lens[s]) - length
+            if "query_positions" in self.options:
+                first = int(self.options["query_positions"][s])
             for i in range(length):
-                yield s, t, int(self.context_lens[s]) - length + i
+                yield s, t, first + i
                 t += 1
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
-    """Both outputs and log-sum-exps, relative to the largest output."""
+    """||out - want|| <= tolerance ||want||, and log-sum-exps alike."""
     (out, lse), (want, want_lse) = actual, expected
-    scale = np.abs(want).max(initial=1e-3)
-    assert np.abs(out.astype(np.float64) - want).max(initial=0.0) <= tolerance * scale
+    error = np.linalg.norm(out.astype(np.float64) - want)
+    assert error <= tolerance * np.linalg.norm(want.astype(np.float64))
     assert_bits_equal(np.isneginf(lse), np.isneginf(want_lse))
     finite = np.isfinite(want_lse)
     assert np.abs(lse[finite] - want_lse[finite]).max(initial=0.0) <= 10 * tolerance
@@ -160,6 +166,8 @@ CASES = [
     dict(key_bits=5, value_bits=6, head_dim=100, block_size=256),
     dict(query_lens=3, context_lens=(3, 20, 2)),
     dict(query_lens=(0, 4, 1, 7), context_lens=(3, 20, 1, 7)),
+    dict(query_positions=(2, 90, 4)),
+    dict(query_positions=(-3, 30), query_lens=5, context_lens=(9, 33), sliding_window=4),
     dict(sliding_window=1),
     dict(sliding_window=6, query_lens=4, context_lens=(30, 4)),
     dict(logits_soft_cap=1.5, scale=0.7),
@@ -194,6 +202,9 @@ def problems(draw: st.DrawFn) -> Problem:
     options: dict[str, Any] = {}
     if draw(st.booleans()):
         options["sliding_window"] = draw(st.integers(1, 50))
+    if draw(st.booleans()):
+        positions = [draw(st.integers(-5, 320)) for _ in range(num_seqs)]
+        options["query_positions"] = tuple(positions)
     if draw(st.booleans()):
         options["logits_soft_cap"] = draw(st.sampled_from([0.5, 5.0, 30.0]))
     head_dim, key_bits, value_bits = draw(st.sampled_from(KERNELS))
@@ -379,6 +390,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     (dict(key_offset=np.zeros((3, 2, 63), np.float32)), ValueError, "key_offset must have shape"),
     (dict(query_start_loc=np.array([0, 1, 2, 4])), ValueError, "query_start_loc must rise from 0"),
     (dict(query_start_loc=np.array([0, 2, 1, 3])), ValueError, "query_start_loc must rise from 0"),
+    (dict(query_positions=np.array([0, 3])), ValueError, "query_positions must have shape"),
     (dict(query_start_loc=np.array([0, 3])), ValueError, "query_start_loc must have shape"),
     (dict(out=np.zeros((3, 8, 64), np.float16)), TypeError, "out must be float32"),
     (dict(out=np.zeros((3, 8, 63), np.float32)), ValueError, "out must have shape"),
@@ -462,13 +474,17 @@ def test_a_sequence_alone_is_as_in_a_batch() -> None:
     lens=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 5000)), min_size=1, max_size=6),
     group=st.sampled_from([1, 4, 7, 80]),
     window=st.sampled_from([0, 1, 100]),
+    shift=st.sampled_from([0, -50, 7]),
 )
-def test_units_cover_what_rows_see(lens: list[tuple[int, int]], group: int, window: int) -> None:
+def test_units_cover_what_rows_see(
+    lens: list[tuple[int, int]], group: int, window: int, shift: int
+) -> None:
     """Each visible (row, token) pair lies in exactly one unit of its sequence."""
     cut = importlib.import_module("turboquant_np.backends.cpu.attention").cut
     kv_heads = 3
     starts = np.cumsum([0, *(length for length, _ in lens)])
-    work = cut(starts, np.array([n for _, n in lens]), group, kv_heads, window)
+    contexts = np.array([n for _, n in lens])
+    work = cut(starts, contexts - np.diff(starts) + shift, contexts, group, kv_heads, window)
     seen = np.zeros(len(work.first), np.int64)
     places = 0
     for seq, row, rows, start, stop, place in work.units:
@@ -481,7 +497,9 @@ def test_units_cover_what_rows_see(lens: list[tuple[int, int]], group: int, wind
         overlap = np.minimum(work.last[inside], stop) - np.maximum(work.first[inside], start)
         seen[inside] += np.maximum(overlap, 0)
     assert places == work.places
-    assert_bits_equal(seen, np.maximum(work.last - np.maximum(work.first, 0), 0).astype(np.int64))
+    seqs = np.repeat(np.arange(len(lens)), np.diff(starts) * group)
+    visible = np.minimum(work.last, contexts[seqs]) - np.maximum(work.first, 0)
+    assert_bits_equal(seen, np.maximum(visible, 0).astype(np.int64))
     merged = np.concatenate(
         [np.arange(row, row + rows) for _, _, rows, row in work.merges] or [np.zeros(0)]
     )

@@ -24,6 +24,8 @@ class AttentionBatch:
     query : [T, num_query_heads, head_dim], native float dtype, any strides
     query_start_loc : [S + 1], int, on the device of the query; None if every sequence has query_len
     query_len : int, query tokens of each sequence; 0 if ragged
+    query_positions : [S], int, position of each sequence's first query token; None if the query
+        tokens are the last ones of the context
     k_packed, v_packed : uint8, [num_blocks, block_size, num_kv_heads, packed_dim], the last axis
         contiguous, other strides free
     k_norms, v_norms : float32, [num_blocks, block_size, num_kv_heads]
@@ -40,6 +42,7 @@ class AttentionBatch:
     query: Any
     query_start_loc: Any
     query_len: int
+    query_positions: Any
     k_packed: Any
     k_norms: Any
     v_packed: Any
@@ -87,6 +90,7 @@ def check_attention(
     block_size: int | None,
     num_kv_heads: int | None,
     query_start_loc: Any,
+    query_positions: Any,
     scale: float | None,
     logits_soft_cap: float | None,
     sliding_window: int | None,
@@ -164,6 +168,9 @@ def check_attention(
         query=_arrays.native(tokens),
         query_start_loc=starts,
         query_len=query_len,
+        query_positions=None
+        if query_positions is None
+        else take(query_positions, "query_positions", ints, (num_seqs,)),
         **cache,
         block_tables=tables,
         context_lens=lens,

@@ -97,6 +97,7 @@ class TQPagedAttention:
         num_kv_heads: int | None = None,
         *,
         query_start_loc: Any = None,
+        query_positions: Any = None,
         scale: float | None = None,
         logits_soft_cap: float | None = None,
         sliding_window: int | None = None,
@@ -127,6 +128,10 @@ class TQPagedAttention:
             Read from the shapes; given, they must agree with them.
         query_start_loc : array, int32 or int64, shape [num_seqs + 1], optional
             Where each sequence's query tokens begin in a ragged batch, from 0 to num_tokens.
+        query_positions : array, int32 or int64, shape [num_seqs], optional
+            Position of each sequence's first query token, counted from the first cached token, if
+            the query tokens are not the last cached ones: a token at position p sees cached tokens
+            0 to p.  For caches that keep their newest tokens elsewhere.
         scale : float, optional
             Factor of the scores, 1 / sqrt(head_dim) by default.
         logits_soft_cap : float, optional
@@ -171,6 +176,7 @@ class TQPagedAttention:
             block_size=block_size,
             num_kv_heads=num_kv_heads,
             query_start_loc=query_start_loc,
+            query_positions=query_positions,
             scale=scale,
             logits_soft_cap=logits_soft_cap,
             sliding_window=sliding_window,

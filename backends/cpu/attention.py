@@ -52,10 +52,13 @@ class Cut(NamedTuple):
     places: int
 
 
-def cut(starts: Ints, context_lens: Ints, group: int, kv_heads: int, window: int) -> Cut:
+def cut(
+    starts: Ints, positions: Ints, context_lens: Ints, group: int, kv_heads: int, window: int
+) -> Cut:
     """Divide query rows and contexts into units; a pure function of the batch's lengths.
 
     starts : [num_seqs + 1] first query token of each sequence
+    positions : [num_seqs] position of that token
     window : sliding window, 0 if there is none
     """
     lengths = np.diff(starts)
@@ -65,12 +68,11 @@ def cut(starts: Ints, context_lens: Ints, group: int, kv_heads: int, window: int
     number = np.arange(len(seq)) - np.repeat(np.cumsum(tiles_of) - tiles_of, tiles_of)
     begin = number * tokens_per_tile  # query tokens of the tile, within the sequence
     end = np.minimum(begin + tokens_per_tile, lengths[seq])
-    before = context_lens - lengths  # position of a sequence's first query token
 
-    tile_stop = np.maximum(before[seq] + end, 0)
+    tile_stop = np.clip(positions[seq] + end, 0, context_lens[seq])
     tile_start = np.zeros_like(tile_stop)
     if window:
-        tile_start = np.clip(before[seq] + begin + 1 - window, 0, tile_stop)
+        tile_start = np.clip(positions[seq] + begin + 1 - window, 0, tile_stop)
     visible = tile_stop - tile_start
     shortest = np.where(tiles_of[seq] == 1, SHORT_CHUNK, LONG_CHUNK)
     doublings = np.ceil(np.log2(np.maximum(visible / (shortest * MOST_CHUNKS), 1.0)))
@@ -88,7 +90,7 @@ def cut(starts: Ints, context_lens: Ints, group: int, kv_heads: int, window: int
     first_unit = np.cumsum(chunks) - chunks
     merge_place = np.append(place, 0)[np.minimum(first_unit, len(place))]
 
-    position = np.repeat(before, lengths) + np.arange(len(seq) and starts[-1])
+    position = np.repeat(positions, lengths) + np.arange(len(seq) and starts[-1])
     position -= np.repeat(starts[:-1], lengths)
     last = np.repeat(position + 1, group)
     first = np.maximum(last - window, 0) if window else np.zeros_like(last)
@@ -112,7 +114,10 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
     if tokens == 0:
         return
     lens = batch.context_lens.astype(np.int64)
-    work = cut(starts, lens, group, kv_heads, batch.sliding_window)
+    positions = lens - np.diff(starts)
+    if batch.query_positions is not None:
+        positions = batch.query_positions.astype(np.int64)
+    work = cut(starts, positions, lens, group, kv_heads, batch.sliding_window)
     plain = batch.query.astype(np.float32)
     rotated = (plain.reshape(-1, dim) @ _into_tiles(key_spec)).reshape(tokens, kv_heads, group, -1)
     query = np.ascontiguousarray(rotated.transpose(1, 0, 2, 3))

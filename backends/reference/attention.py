@@ -22,6 +22,9 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
         starts = np.arange(batch.num_seqs + 1) * batch.query_len
     for s in range(batch.num_seqs):
         tokens = slice(int(starts[s]), int(starts[s + 1]))
+        position = int(batch.context_lens[s]) - (tokens.stop - tokens.start)
+        if batch.query_positions is not None:
+            position = int(batch.query_positions[s])
         keys = _gather(key_spec, batch.k_packed, batch.k_norms, batch, s)
         values = _gather(value_spec, batch.v_packed, batch.v_norms, batch, s)
         for h in range(batch.num_kv_heads):
@@ -30,7 +33,7 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
             offset = 0.0 if batch.key_offset is None else batch.key_offset[s, h].astype(np.float64)
             scores = batch.scale * (query @ (keys[:, h] + offset).T)
             sinks = None if batch.sinks is None else batch.sinks[heads].astype(np.float64)
-            out, lse = _softmax_sum(batch, scores, values[:, h], sinks)
+            out, lse = _softmax_sum(batch, scores, values[:, h], sinks, position)
             batch.out[tokens, heads], batch.lse[tokens, heads] = out, lse
 
 
@@ -46,13 +49,16 @@ def _gather(spec: CodecSpec, packed: Any, norms: Any, batch: AttentionBatch, s: 
 
 
 def _softmax_sum(
-    batch: AttentionBatch, scores: Floats, values: Floats, sinks: Floats | None
+    batch: AttentionBatch, scores: Floats, values: Floats, sinks: Floats | None, first: int
 ) -> tuple[Floats, Floats]:
-    """scores [L, group, n], values [n, d] -> out [L, group, d], lse [L, group]."""
+    """scores [L, group, n], values [n, d] -> out [L, group, d], lse [L, group].
+
+    first : position of the first of the L query tokens
+    """
     length, _, n = scores.shape
     if batch.logits_soft_cap:
         scores = batch.logits_soft_cap * np.tanh(scores / batch.logits_soft_cap)
-    position = n - length + np.arange(length)[:, None]  # of the query tokens
+    position = first + np.arange(length)[:, None]
     visible = np.arange(n) <= position
     if batch.sliding_window:
         visible &= np.arange(n) > position - batch.sliding_window
