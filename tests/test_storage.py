@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 import turboquant_np as tqn
 from turboquant_np import QuantizedArray, TurboQuant, TurboQuantConfig
+from turboquant_np._backend import load as load_backend
 from turboquant_np.testing import assert_bits_equal
 from turboquant_np.testing.strategies import configs, float_arrays, shapes
 
@@ -364,6 +366,30 @@ def test_open_leaves_no_file_open(tmp_path: Path) -> None:
     assert str(path) in Path("/proc/self/maps").read_text()
     del q, base, mapped
     assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+# -- arrays on a GPU -------------------------------------------------------------------------------
+
+
+def test_cupy_arrays(tmp_path: Path) -> None:
+    if find_spec("cupy") is None or (reason := load_backend("cuda").why_unavailable()):
+        pytest.skip("no CuPy" if find_spec("cupy") is None else str(reason))
+    cupy: Any = importlib.import_module("cupy")
+    expected = QuantizedArray.encode(normal(7, 3, 64), TurboQuant(head_dim=64, backend="reference"))
+    tq = TurboQuant(head_dim=64)
+    x = cupy.asarray(normal(7, 3, 64))
+    q = QuantizedArray.encode(x, tq)
+    assert isinstance(q[2:4].decode(), cupy.ndarray)
+    assert_bits_equal(q[..., 1].decode().get(), expected[..., 1].decode())
+    with pytest.raises(TypeError):
+        np.asarray(q)
+    for suffix in FORMATS:
+        tqn.save(tmp_path / f"a.{suffix}", q)
+        tqn.encode_npy(x, tmp_path / f"b.{suffix}", tq)
+        for name in "ab":
+            assert_same(tqn.load(tmp_path / f"{name}.{suffix}", backend="reference"), expected)
+    tqn.decode_npy(q, tmp_path / "x.npy")
+    assert_bits_equal(np.load(tmp_path / "x.npy"), expected.decode())
 
 
 # -- golden files ----------------------------------------------------------------------------------
