@@ -7,6 +7,7 @@ intersphinx, fonts and icons are those of the theme.
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import turboquant_np
@@ -29,6 +30,10 @@ default_role = "code"
 toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+# Packages of extras: where one is missing, the docstrings of the module that needs it are enough.
+autodoc_mock_imports = [
+    name for name in ("dask", "numcodecs", "safetensors", "zarr") if find_spec(name) is None
+]
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = False
 
