@@ -16,6 +16,7 @@ import numpy as np
 from . import _arrays
 from ._checks import check_same_place, check_vectors
 from ._extras import missing_extra
+from ._spec import FORMAT_VERSION
 from .quantizer import TurboQuant
 
 try:
@@ -26,7 +27,7 @@ try:
 except ImportError as error:
     raise missing_extra(__name__, "dask", error) from error
 
-__all__ = ["decode", "encode", "inner_products", "topk"]
+__all__ = ["check_workers", "decode", "encode", "inner_products", "topk"]
 
 MERGE_AT_ONCE = 16  # partial results that one task of topk merges
 
@@ -279,6 +280,44 @@ def topk(
         scores, indices = (a.rechunk({m: merged}) for a in (scores, indices))
         scores, indices = best(_largest, scores, axes, indices, axes)
     return scores, indices
+
+
+def check_workers(client: Any) -> None:
+    """Raise unless every worker of a cluster has this package, with the same numeric format.
+
+    Worth a call before long work: a worker without the package cannot even read the tasks sent to
+    it, and distributed only reports, after some time, that workers died.
+
+    Parameters
+    ----------
+    client : distributed.Client
+
+    Raises
+    ------
+    RuntimeError
+        If the package is missing or another one somewhere; says where.
+
+    Examples
+    --------
+    >>> from distributed import Client
+    >>> import turboquant_np.dask as tqd
+    >>> with Client(processes=False, dashboard_address=None) as client:
+    ...     tqd.check_workers(client)
+    """
+    found = client.run(eval, _FORMAT_VERSION_THERE, on_error="return")
+    wrong = {where: what for where, what in found.items() if what != FORMAT_VERSION}
+    if wrong:
+        listing = "; ".join(
+            f"{where}: {what if isinstance(what, Exception) else f'format version {what}'}"
+            for where, what in sorted(wrong.items())
+        )
+        raise RuntimeError(
+            f"{len(wrong)} of {len(found)} workers lack turboquant-np with format version "
+            f"{FORMAT_VERSION} ({listing}); install it there: pip install 'turboquant-np[dask]'"
+        )
+
+
+_FORMAT_VERSION_THERE = "__import__('turboquant_np').FORMAT_VERSION"
 
 
 # -- what runs on a chunk ------------------------------------------------------------------------
