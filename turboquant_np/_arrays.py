@@ -62,7 +62,7 @@ def take_in(x: Any, name: str) -> tuple[Any, GiveBack]:
         raise TypeError(
             f"{name} is a masked array, whose mask would be lost; fill or drop it first"
         )
-    if isinstance(x, np.ndarray):
+    if isinstance(x, (np.ndarray, np.generic)):  # norms[0] is a scalar of NumPy
         return np.asarray(x), _as_is  # numpy.matrix and other subclasses redefine operators
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):

@@ -52,6 +52,8 @@ def take_in_out(
     out: Any, shape: tuple[int, ...], dtypes: tuple[str, ...], name: str, like: Any
 ) -> Any:
     """`out` as an array that can be written into: shape, dtype, place and layout as needed."""
+    if isinstance(out, np.generic):
+        raise TypeError(f"{name} must be an array to write into, got a scalar ({out.dtype})")
     array, _ = _arrays.take_in(out, name)
     check_same_place(array, name, like, "the input")
     if array.shape != shape:

@@ -114,12 +114,12 @@ def lay_out(x: Any, layout: str) -> Any:
     if layout == "F":
         return x.copy(order="F")
     if layout == "reversed":
-        backwards = tuple(slice(None, None, -1) for _ in every_axis)
+        backwards = (..., *(slice(None, None, -1) for _ in every_axis))
         return x[backwards].copy()[backwards]
     if layout == "strided":
         for axis in every_axis:
             x = x.repeat(2, axis)
-        return x[tuple(slice(None, None, 2) for _ in every_axis)]
+        return x[(..., *(slice(None, None, 2) for _ in every_axis))]
     if layout == "offset":
         unaligned = np.empty(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
         unaligned[...] = x
