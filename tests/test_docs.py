@@ -177,11 +177,11 @@ def page_encodes_and_decodes(
 
 
 @pytest.mark.parametrize("vector", VECTORS["vectors"], ids=lambda vector: vector["name"])
-def test_test_vectors(page: dict[str, Any], vector: dict[str, Any]) -> None:
+def test_test_vectors(page: dict[str, Any], vector: dict[str, Any], backend: str) -> None:
     """The library and the code of the page both give the printed bits."""
     settings = {k: v for k, v in vector.items() if k in TurboQuant().config.__dict__}
     x = from_bits(vector["x"])
-    tq = TurboQuant(head_dim=len(x), backend="reference", **settings)
+    tq = TurboQuant(head_dim=len(x), backend=backend, **settings)
     packed, stored = tq.encode(x, check_finite=False)
     decoded = tq.decode(packed, stored, dtype=np.float32)
     by_page = page_encodes_and_decodes(page, tq, x)
