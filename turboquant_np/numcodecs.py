@@ -33,7 +33,7 @@ class TurboQuantCodec(ChunkSettings, Codec):  # type: ignore[misc]
     ----------
     head_dim : int
         Length of a vector; must divide the last axis of what is encoded.
-    dtype : str
+    dtype : dtype-like
         Of the arrays: "<f4", "float16", ...
     bits, seed, rotation, hadamard_rounds, scale, format_version
         As in `turboquant_np.zarr.TurboQuantCodec`.
@@ -58,10 +58,11 @@ class TurboQuantCodec(ChunkSettings, Codec):  # type: ignore[misc]
 
     codec_id = "turboquant"
 
-    head_dim: int
-    dtype: str = "<f4"
+    dtype: Any = "<f4"
 
     def __post_init__(self) -> None:
+        if self.head_dim is None:
+            raise TypeError("head_dim, the length of a vector, must be given")
         super().__post_init__()
         native = np.dtype(self.dtype)
         if native.name not in FLOAT_NAMES:
@@ -111,11 +112,12 @@ class TurboQuantCodec(ChunkSettings, Codec):  # type: ignore[misc]
             Of the codec's dtype, or `out`.
         """
         data = ensure_ndarray_like(buf).reshape(-1).view(np.uint8)
-        vector_bytes = self.encoded_size((self.head_dim,))
+        head_dim = self.quantizer.head_dim
+        vector_bytes = self.encoded_size((head_dim,))
         if data.size % vector_bytes:
             raise StorageError(
                 f"a vector takes {vector_bytes} bytes with {self.to_settings()}, got "
                 f"{data.size} bytes; they are damaged or the settings were changed"
             )
-        shape = (data.size // vector_bytes * self.head_dim,)
+        shape = (data.size // vector_bytes * head_dim,)
         return ndarray_copy(self.decode_chunk(data, shape, self.dtype), out)
