@@ -209,8 +209,7 @@ def topk(
     scores : dask array, float32, shape [*m, k]
         Largest first.
     indices : dask array, int64, shape [*m, k]
-        Rows of `packed`; of equal scores the lower row comes first, so that the result does not
-        depend on the chunks.
+        Rows of `packed`; of equal scores the lower row comes first.
 
     Raises
     ------
