@@ -129,7 +129,7 @@ class TensorFile(Mapping[str, Any]):
         with self.path.open("rb") as file:
             texts, self._entries, self._start = read_header(file)
         self._quantized = {
-            key.removeprefix(PREFIX): Metadata.from_json(text)
+            key.removeprefix(PREFIX): self._parse(key, text)
             for key, text in texts.items()
             if key.startswith(PREFIX)
         }
@@ -168,6 +168,12 @@ class TensorFile(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"TensorFile({self.path.name!r}: {', '.join(self._names)})"
+
+    def _parse(self, key: str, text: str) -> Metadata:
+        try:
+            return Metadata.from_json(text)
+        except StorageError as error:
+            raise StorageError(f"{self.path}: {key.removeprefix(PREFIX)}: {error}") from error
 
     def _check_found(self, part: ArrayInfo) -> None:
         found = self._entries.get(part.name, {"dtype": "missing", "shape": []})
