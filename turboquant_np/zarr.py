@@ -112,7 +112,7 @@ class TurboQuantCodec(ChunkSettings, _Serializer):
         if array_spec.fill_value is not None and not array_spec.fill_value == 0:
             raise ValueError(
                 f"fill_value must be 0, got {array_spec.fill_value}: only zero vectors are stored "
-                "exactly, and a partly written chunk is filled up with it"
+                "exactly, and a partly written chunk is filled up with it; pass fill_value=0.0"
             )
         if not array_spec.shape or array_spec.shape[-1] == 0:
             raise ValueError(
