@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -148,6 +150,17 @@ def test_inner_products_are_those_of_decoded_vectors(backend: str) -> None:
     assert_bits_equal(out, scores)
 
 
+@pytest.mark.parametrize("rotation", ["hadamard", "haar"])
+def test_quantisers_can_be_pickled(rotation: str) -> None:
+    x = gaussian(5, 80)
+    tq = TurboQuant(head_dim=80, bits=3, rotation=rotation, scale="mse")
+    before = tq.encode(x)
+    for copied in (pickle.loads(pickle.dumps(tq)), copy.deepcopy(tq)):
+        assert copied.config.bits == 3
+        for ours, expected in zip(copied.encode(x), before, strict=True):
+            assert_bits_equal(ours, expected)
+
+
 def test_a_quantiser_may_be_used_by_many_threads(backend: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -158,6 +171,41 @@ def test_a_quantiser_may_be_used_by_many_threads(backend: str) -> None:
         for (packed, norms), (p, n) in zip(pool.map(tq.encode, batches), expected, strict=True):
             assert_bits_equal(packed, p)
             assert_bits_equal(norms, n)
+
+
+# -- self-tests ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_validate_agrees_with_theory(bits: int, backend: str) -> None:
+    result = TurboQuant(head_dim=64, bits=bits, backend=backend).validate(2000)
+    assert abs(result["mse"] - result["mse_expected"]) < 6 * result["mse_standard_error"]
+    assert result["ip_slope"] == pytest.approx(1 - result["mse_expected"], abs=0.02)
+    assert abs(result["ip_bias"]) < 6 * math.sqrt(result["ip_mse"] / 2000)
+    assert result["mse_theory_lower"] < result["mse"] < result["mse_theory_upper"]
+    assert result["mse_ratio_to_lower"] == result["mse"] * 4**bits
+    assert result["backend"] == backend
+    assert result["triton_active"] is False
+
+
+def test_validate_is_repeatable() -> None:
+    tq = TurboQuant(head_dim=64, bits=2)
+    assert tq.validate(100, seed=5) == tq.validate(100, seed=5)
+    assert tq.validate(100, seed=5)["mse"] != tq.validate(100, seed=6)["mse"]
+    with pytest.raises(ValueError, match="num_vectors must be at least 2, got 1"):
+        tq.validate(1)
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'tpu'"):
+        tq.validate(10, device="tpu")
+
+
+def test_benchmark_reports_times(backend: str) -> None:
+    tq = TurboQuant(head_dim=64, bits=2, backend=backend)
+    result = tq.benchmark(num_vectors=100, warmup=1, iters=3)
+    assert result["encode_throughput_mvec_s"] == pytest.approx(100 / result["encode_us"])
+    assert result["decode_throughput_mvec_s"] == pytest.approx(100 / result["decode_us"])
+    assert (result["backend"], result["device"], result["num_vectors"]) == (backend, "cpu", 100)
+    with pytest.raises(ValueError, match="must be positive, got 100 and 0"):
+        tq.benchmark(num_vectors=100, iters=0)
 
 
 # -- caches of aither-kvcache 0.1 ------------------------------------------------------------------

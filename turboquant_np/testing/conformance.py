@@ -282,7 +282,8 @@ class BackendConformance:
                 mine, reference = self._pair(config)
                 d = config.head_dim
                 rng = np.random.Generator(np.random.PCG64([6, d]))
-                query = rng.standard_normal((2, 3, d)).astype(np.float32)
+                magnitudes = np.array([1e-30, 1, 1e35])[:, None]
+                query = (rng.standard_normal((2, 3, d)) * magnitudes).astype(np.float32)
                 x = rng.standard_normal((17, d)).astype(np.float32)
                 packed, norms = reference.encode(x)
                 scores = mine.inner_products(*map(self.to_device, (query, packed, norms)))
@@ -290,7 +291,8 @@ class BackendConformance:
                 assert scores.dtype == np.float32
                 decoded = reference.decode(packed, norms, dtype="float64")
                 exact = np.inner(query.astype(np.float64), decoded)
-                size = np.linalg.norm(query, axis=-1)[..., None] * np.linalg.norm(decoded, axis=-1)
+                lengths = np.linalg.norm(query.astype(np.float64), axis=-1)
+                size = lengths[..., None] * np.linalg.norm(decoded, axis=-1)
                 assert (np.abs(_on_host(scores) - exact) <= 2e-6 * size).all()
 
     def test_inner_products_of_one_query_with_one_vector(self) -> None:
