@@ -1,0 +1,125 @@
+"""The tables of a quantiser on a device, copied there once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from turboquant_np._spec import CodecSpec
+from turboquant_np.rotation import DenseRotation, HadamardRotation
+
+MAX_Z = 16.05  # |z| <= sqrt(head_dim) in the kernels with bucket tables, which end at 256
+TABLE_BYTES = 16384
+
+
+@dataclass(frozen=True)
+class BucketTable:
+    """A monotone map of z to buckets that hold one threshold at most (kernels/encode.cu).
+
+    The bucket of z is in the low 14 bits of the float32 z * scale + (1 + 2**-10), rounded once.
+
+    Attributes
+    ----------
+    entries : ndarray, uint32, shape [count, 2]
+        The threshold in the bucket (bits of a float32; infinity if there is none) and the number of
+        thresholds in lower buckets.
+    scale : float
+    """
+
+    entries: npt.NDArray[np.uint32]
+    scale: float
+
+
+def bucket_table(thresholds: npt.NDArray[np.float32]) -> BucketTable:
+    """The table for 2**bits - 1 ascending thresholds."""
+    count = max(128, 8 * (len(thresholds) + 1))
+    scale = np.float32(2.0**-10 / MAX_Z)
+    bucket = np.array([_place(float(t), float(scale)) for t in thresholds])
+    bucket //= TABLE_BYTES // count
+    if not (np.diff(bucket) > 0).all():
+        raise AssertionError(f"two of {len(thresholds)} thresholds share one of {count} buckets")
+    entries = np.empty((count, 2), np.uint32)
+    entries[:, 0] = np.float32(np.inf).view(np.uint32)
+    entries[bucket, 0] = thresholds.view(np.uint32)
+    entries[:, 1] = np.searchsorted(bucket, np.arange(count))
+    return BucketTable(entries, float(scale))
+
+
+def _place(z: float, scale: float) -> int:
+    """The low 14 bits of the mantissa of z * scale + (1 + 2**-10), correctly rounded."""
+    exact = Fraction(z) * Fraction(scale) + Fraction(1, 1024)
+    return round(exact * 2**23)  # half to even, as the GPU rounds
+
+
+class Constants:
+    """Device copies of what a spec prescribes, each made when first asked for."""
+
+    def __init__(self, spec: CodecSpec) -> None:
+        self.bits = spec.bits
+        self._thresholds = spec.thresholds
+        self._centroids = spec.centroids
+        self._decode_table = spec.decode_table
+        self._rotation = spec.rotation
+
+    @cached_property
+    def signs(self) -> Any:
+        assert isinstance(self._rotation, HadamardRotation)
+        return _to_device(self._rotation.signs)
+
+    @cached_property
+    def thresholds(self) -> Any:
+        return _to_device(self._thresholds)
+
+    @cached_property
+    def centroids(self) -> Any:
+        return _to_device(self._centroids)
+
+    @cached_property
+    def decode_table(self) -> Any:
+        return _to_device(self._decode_table)
+
+    @cached_property
+    def bucket_table(self) -> BucketTable:
+        return bucket_table(self._thresholds)
+
+    @cached_property
+    def buckets(self) -> Any:
+        return _to_device(self.bucket_table.entries)
+
+    @cached_property
+    def matrix(self) -> Any:
+        """[d, d] float64, the rotation in fixed point: rows @ matrix rotates back."""
+        assert isinstance(self._rotation, DenseRotation)
+        return _to_device(self._rotation.fixed)
+
+    @cached_property
+    def matrix_transposed(self) -> Any:
+        """rows @ matrix_transposed rotates."""
+        assert isinstance(self._rotation, DenseRotation)
+        return _to_device(np.ascontiguousarray(self._rotation.fixed.T))
+
+
+_constants: WeakKeyDictionary[CodecSpec, dict[int, Constants]] = WeakKeyDictionary()
+
+
+def constants(spec: CodecSpec) -> Constants:
+    """Those of `spec` on the current device."""
+    import cupy
+
+    on_devices = _constants.setdefault(spec, {})
+    return on_devices.setdefault(cupy.cuda.runtime.getDevice(), Constants(spec))
+
+
+def _to_device(array: npt.NDArray[Any]) -> Any:
+    """A copy that every stream may read."""
+    import cupy
+
+    copied = cupy.asarray(array)
+    cupy.cuda.get_current_stream().synchronize()
+    return copied

@@ -1,0 +1,164 @@
+// How a vector lies in the registers of a warp, and the rotation on that layout.
+//
+// T (1, 2 or 4) lanes hold one vector.  One lane: coordinates in order, no lane talks to another.
+// Several lanes take turns at chunks of consecutive coordinates: register CHUNK k + i of lane t holds
+// coordinate CHUNK (T k + t) + i, and only the butterflies of strides CHUNK .. CHUNK T / 2 cross lanes.
+
+#pragma once
+#include "exact.cuh"
+
+constexpr DEVICE int floor_power_of_two(int n) { int p = 1; while (2 * p <= n) p *= 2; return p; }
+constexpr DEVICE int ceil_power_of_two(int n) { int p = 1; while (p < n) p *= 2; return p; }
+
+template <int DIM, int LANES_A_VECTOR> struct Layout {
+  static constexpr int D = DIM, T = LANES_A_VECTOR;
+  static constexpr int COUNT = D / T;                     // registers a lane
+  static constexpr int CHUNK = T == 1 ? COUNT : 32 / T;       // consecutive coordinates in a lane
+  static constexpr int ROWS = 32 / T;                     // vectors a warp
+  static constexpr int BLOCK = floor_power_of_two(D);     // length of a fast transform
+  static constexpr bool IS_POWER_OF_TWO = BLOCK == D;
+  static constexpr int TAIL = COUNT - BLOCK / T;          // register where the last block begins
+  // Coordinate of register j in lane 0; lane t adds CHUNK t.
+  static constexpr DEVICE int coordinate(int j) { return T == 1 ? j : CHUNK * T * (j / CHUNK) + j % CHUNK; }
+};
+
+// Sum of value(j) over the coordinates, folded in halves: s[i] += s[i + size/2], then size/4, ...
+// Depth first, so that only a few partial sums are alive.
+template <int SIZE, int END, int COUNT, class F> DEVICE float fold_registers(F value, int i) {
+  if constexpr (SIZE >= END) return value(i);
+  else {
+    const float low = fold_registers<2 * SIZE, END, COUNT>(value, i);
+    if (i + SIZE >= COUNT) return low;  // zero padding
+    return add(low, fold_registers<2 * SIZE, END, COUNT>(value, i + SIZE));
+  }
+}
+template <class L, class F> DEVICE float fold_sum(F value) {
+  constexpr int END = ceil_power_of_two(L::COUNT);
+  if constexpr (L::T == 1) return fold_registers<1, END, L::COUNT>(value, 0);
+  else {
+    float part[L::CHUNK];
+#pragma unroll
+    for (int i = 0; i < L::CHUNK; i++) {
+      part[i] = fold_registers<L::CHUNK, END, L::COUNT>(value, i);
+#pragma unroll
+      for (int s = L::T / 2; s > 0; s /= 2) part[i] = add(part[i], __shfl_xor_sync(~0u, part[i], s));
+    }
+    return fold_registers<1, L::CHUNK, L::CHUNK>([&](int i) { return part[i]; }, 0);
+  }
+}
+
+// Unnormalised Walsh-Hadamard transform of registers BEGIN .. END, strides ascending.
+// `first` is 1, or 2 where flip_and_pair has done the stride 1 already.
+template <class L, int BEGIN, int END, int FIRST_STRIDE> DEVICE void transform(float (&x)[L::COUNT], int t) {
+  constexpr int LENGTH = END - BEGIN;
+#pragma unroll
+  for (int h = FIRST_STRIDE; h < LENGTH; h *= 2) {
+    if (h == L::CHUNK) {
+#pragma unroll
+      for (int s = 1; s < L::T; s *= 2) {
+        const float sign = t & s ? -1.0f : 1.0f;
+#pragma unroll
+        for (int i = BEGIN; i < END; i++) x[i] = fma_rn(x[i], sign, __shfl_xor_sync(~0u, x[i], s));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < LENGTH; i++) {
+      if (i & h) continue;
+      const float a = x[BEGIN + i], b = x[BEGIN + i + h];
+      x[BEGIN + i] = add(a, b);
+      x[BEGIN + i + h] = sub(a, b);
+    }
+  }
+}
+
+// x * signs, then the butterflies of stride 1 on registers BEGIN .. END: 3 operations for 2 values.
+template <class L, int BEGIN, int END> DEVICE void flip_and_pair(float (&x)[L::COUNT], const float* signs) {
+#pragma unroll
+  for (int j = 0; j < L::COUNT; j += 4) {
+    const float4 s = *reinterpret_cast<const float4*>(signs + L::coordinate(j));
+    x[j] = mul(x[j], s.x);
+    x[j + 2] = mul(x[j + 2], s.z);
+    if (BEGIN <= j && j < END) {
+      const float a = x[j], b = x[j + 1], c = x[j + 2], d = x[j + 3];
+      x[j] = fma_rn(b, s.y, a);
+      x[j + 1] = fma_rn(b, -s.y, a);
+      x[j + 2] = fma_rn(d, s.w, c);
+      x[j + 3] = fma_rn(d, -s.w, c);
+    } else {
+      x[j + 1] = mul(x[j + 1], s.y);
+      x[j + 3] = mul(x[j + 3], s.w);
+    }
+  }
+}
+
+template <class L, int BEGIN, int END> DEVICE void normalize_block(float (&x)[L::COUNT], float factor) {
+#pragma unroll
+  for (int j = BEGIN; j < END; j++) x[j] = mul(x[j], factor);
+}
+
+// First and last half of the coordinates become (a + b) / sqrt(2), (a - b) / sqrt(2).
+template <class L> DEVICE void mix_halves(float (&x)[L::COUNT]) {
+  const float half_sqrt = float_of(0x3f3504f3u);  // float32 of sqrt(1/2)
+#pragma unroll
+  for (int j = 0; j < L::COUNT / 2; j++) {
+    const float a = x[j], b = x[j + L::COUNT / 2];
+    x[j] = mul(add(a, b), half_sqrt);
+    x[j + L::COUNT / 2] = mul(sub(a, b), half_sqrt);
+  }
+}
+
+// The rotation times its growth.  `signs` points at this lane's first coordinate: [steps, HEAD_DIM].
+template <class L> DEVICE void rotate(float (&x)[L::COUNT], const float* signs, int rounds, float block_factor, int t) {
+#pragma unroll 1
+  for (int r = 0; r < rounds; r++) {
+    if constexpr (L::IS_POWER_OF_TWO) {
+      flip_and_pair<L, 0, L::COUNT>(x, signs + r * L::D);
+      transform<L, 0, L::COUNT, 2>(x, t);
+    } else {
+      flip_and_pair<L, 0, L::COUNT - L::TAIL>(x, signs + 2 * r * L::D);
+      transform<L, 0, L::COUNT - L::TAIL, 2>(x, t);
+      normalize_block<L, 0, L::COUNT - L::TAIL>(x, block_factor);
+      mix_halves<L>(x);
+      flip_and_pair<L, L::TAIL, L::COUNT>(x, signs + (2 * r + 1) * L::D);
+      transform<L, L::TAIL, L::COUNT, 2>(x, t);
+      normalize_block<L, L::TAIL, L::COUNT>(x, block_factor);
+      mix_halves<L>(x);
+    }
+  }
+}
+
+template <class L> DEVICE void flip(float (&x)[L::COUNT], const float* signs, float factor) {
+#pragma unroll
+  for (int j = 0; j < L::COUNT; j += 4) {
+    const float4 s = *reinterpret_cast<const float4*>(signs + L::coordinate(j));
+    x[j] = mul(x[j], mul(s.x, factor));  // a sign times the factor is exact
+    x[j + 1] = mul(x[j + 1], mul(s.y, factor));
+    x[j + 2] = mul(x[j + 2], mul(s.z, factor));
+    x[j + 3] = mul(x[j + 3], mul(s.w, factor));
+  }
+}
+
+// The inverse rotation times its growth, times `scale`.
+template <class L> DEVICE void rotate_back(float (&x)[L::COUNT], const float* signs, int rounds, float block_factor, float scale, int t) {
+  if constexpr (L::IS_POWER_OF_TWO) {
+    transform<L, 0, L::COUNT, 1>(x, t);
+#pragma unroll 1
+    for (int r = rounds - 1; r > 0; r--) {
+      flip_and_pair<L, 0, L::COUNT>(x, signs + r * L::D);
+      transform<L, 0, L::COUNT, 2>(x, t);
+    }
+  } else {
+#pragma unroll 1
+    for (int r = rounds - 1; r >= 0; r--) {
+      mix_halves<L>(x);
+      transform<L, L::TAIL, L::COUNT, 1>(x, t);
+      normalize_block<L, L::TAIL, L::COUNT>(x, block_factor);
+      flip<L>(x, signs + (2 * r + 1) * L::D, 1.0f);
+      mix_halves<L>(x);
+      transform<L, 0, L::COUNT - L::TAIL, 1>(x, t);
+      normalize_block<L, 0, L::COUNT - L::TAIL>(x, block_factor);
+      if (r > 0) flip<L>(x, signs + 2 * r * L::D, 1.0f);
+    }
+  }
+  flip<L>(x, signs, scale);
+}
