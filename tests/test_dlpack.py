@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -178,6 +179,14 @@ def test_mere_producers_are_answered_with_numpy_arrays(tq: TurboQuant) -> None:
 def test_other_devices_are_refused(tq: TurboQuant) -> None:
     with pytest.raises(TypeError, match="x lives on DLPack device type 8; move it to a CPU or a C"):
         tq.encode(Producer(gaussian(3, DIM), device=(8, 0)))  # Metal
+
+
+def test_gpu_memory_without_cupy_names_the_extra(
+    tq: TurboQuant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(TypeError, match=r"x is on a GPU; .*'turboquant-np\[cuda12\]'"):
+        tq.encode(Producer(gaussian(3, DIM), device=(2, 0)))
 
 
 def test_the_kind_of_the_codes_decides(tq: TurboQuant, torch: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -431,3 +433,42 @@ def test_a_backend_of_another_device_is_refused() -> None:
     with pytest.raises(ValueError, match="has device='cuda', got a NumPy array in host memory"):
         TurboQuant(head_dim=DIM, device="cuda").encode(x)
     TurboQuant(head_dim=DIM, device="cpu", backend="reference").encode(x)
+
+
+# -- devices, shown with arrays that only claim to be on a GPU -------------------------------------
+
+
+class ClaimedGpuArray:
+    def __init__(self, array: Any, device: int) -> None:
+        self.array, self.device = array, SimpleNamespace(id=device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.array, name)
+
+
+def test_arrays_in_different_memories_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=ClaimedGpuArray))
+    tq = TurboQuant(head_dim=DIM, bits=BITS, backend="reference")
+    x = gaussian(2, DIM)
+    packed, norms = tq.encode(x)
+    first, second = (ClaimedGpuArray(norms, device) for device in (0, 1))
+    with pytest.raises(ValueError, match="norms and packed must live in the same memory, got cuda"):
+        tq.decode(packed, first)
+    with pytest.raises(ValueError, match="norms is on CUDA device 1 and packed on device 0"):
+        tq.decode(ClaimedGpuArray(packed, 0), second)
+    with pytest.raises(ValueError, match="query and packed must live in the same memory, got cuda"):
+        tq.inner_products(ClaimedGpuArray(x, 0), packed, norms)
+    with pytest.raises(ValueError, match=r"out\[1\] and the input must live in the same memory"):
+        tq.encode(x, out=(packed, first))
+    with pytest.raises(ValueError, match=r"'reference' works on host memory .*in a GPU \(CuPy\)"):
+        tq.encode(ClaimedGpuArray(x, 0))
+    with pytest.raises(ValueError, match="has device='cpu', got a CuPy array on a GPU"):
+        TurboQuant(head_dim=DIM, device="cpu").encode(ClaimedGpuArray(x, 0))
+
+
+def test_bfloat16_without_ml_dtypes_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    tq = TurboQuant(head_dim=DIM, backend="reference")
+    encoded = tq.encode(gaussian(2, DIM))
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(ImportError, match=r"pip install 'turboquant-np\[bfloat16\]'"):
+        tq.decode(*encoded, dtype="bfloat16")

@@ -218,6 +218,8 @@ def test_haar_matrices_follow_the_haar_measure() -> None:
 def test_haar_has_a_largest_size() -> None:
     with pytest.raises(ValueError, match="head_dim <= 8192, got 8193; use rotation='hadamard'"):
         haar_rotation(8193, 0)
+    with pytest.raises(ValueError, match="head_dim <= 8192, got 8193"):
+        rotation_from_matrix(np.broadcast_to(np.float32(0), (8193, 8193)))
 
 
 # -- matrices of the user --------------------------------------------------------------------------
