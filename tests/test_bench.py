@@ -330,6 +330,19 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert ElementTree.parse(plot_file).getroot().tag.endswith("svg")
 
 
+@pytest.mark.parametrize("passed", [True, False])
+def test_wrong_errors_are_a_failure(
+    passed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"head_dim": 128, "bits": 4, "mse": 0.02, "mse_expected": 0.0093, "deviation": 99.0}
+    judged = row | {"passed": passed, "why": "" if passed else "far off"}
+    monkeypatch.setattr(
+        "turboquant_np.bench.run.run", lambda options: document(validation=[judged])
+    )
+    assert main(["bench", "--device", "cpu"]) == (0 if passed else 1)
+    assert ("PASS" if passed else "FAIL: far off") in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
