@@ -1,0 +1,305 @@
+"""PagedKVCache: the state machine, and one test for each promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from turboquant_np import TurboQuant
+from turboquant_np._pages import PagePool
+from turboquant_np.kv_cache import OutOfPagesError, PagedKVCache
+from turboquant_np.storage import StorageError
+from turboquant_np.testing import assert_bits_equal
+from turboquant_np.testing.stateful import PagedCacheMachine
+
+TestPagedCache = PagedCacheMachine.TestCase
+TestPagedCache.settings = settings(stateful_step_count=30, deadline=None)
+
+
+def make_cache(**changes: Any) -> PagedKVCache:
+    return PagedKVCache(
+        **{**dict(num_layers=2, num_kv_heads=2, head_dim=32, num_blocks=40), **changes}
+    )
+
+
+def tokens(count: int, seed: int = 0, layers: int = 2) -> tuple[Any, Any]:
+    rng = np.random.Generator(np.random.PCG64([23, seed]))
+    keys, values = rng.standard_normal((2, layers, count, 2, 32), np.float32)
+    return keys, values
+
+
+def test_without_copy_on_write_the_machine_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PagePool, "is_shared", lambda self, page: False)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(
+            PagedCacheMachine,
+            settings=settings(
+                max_examples=300,
+                stateful_step_count=30,
+                deadline=None,
+                database=None,
+                phases=[Phase.generate],
+            ),
+        )
+
+
+def test_windows_stay_in_full_precision() -> None:
+    cache = make_cache(sink_tokens=4, recent_tokens=64)
+    sequence = cache.allocate()
+    keys, values = tokens(200)
+    cache.append(sequence, keys, values)
+    read, _ = cache.read(sequence, 0)
+    exact = np.abs(read - keys[0]).max(axis=(1, 2)) < 2e-3
+    page = np.arange(200) // 16
+    # page 0 is the sink; token 136 is the oldest of the last 64, so pages from 8 on are recent
+    assert_bits_equal(exact, (page == 0) | (page >= 8))
+
+
+def test_offset_is_the_mean_of_the_first_keys() -> None:
+    """Keys far from the origin lose nothing: their mean is removed before they are packed."""
+    keys, values = tokens(160)
+    far = keys + np.float32(30)
+    errors = {}
+    for count in (0, 64):
+        cache = make_cache(key_offset_tokens=count)
+        sequence = cache.allocate()
+        cache.append(sequence, far, values)
+        errors[count] = np.square(cache.read(sequence, 0)[0] - far[0]).mean()
+    assert errors[0] > 100 * errors[64]
+    spread = np.square(far[0] - far[0, :64].mean(axis=0)).mean()
+    assert errors[64] < 0.02 * spread
+
+
+def test_one_token_at_a_time_equals_all_at_once() -> None:
+    keys, values = tokens(150)
+    exact = keys.astype(np.float16).astype(np.float32), values.astype(np.float16).astype(np.float32)
+    slow, fast = make_cache(), make_cache()
+    a, b = slow.allocate(), fast.allocate()
+    for i in range(150):
+        slow.append(a, *(x[:, i : i + 1] for x in exact))
+    fast.append(b, *exact)
+    # The offset is taken when the first page leaves, which is after 80 tokens in both cases.
+    for layer in range(2):
+        for one, other in zip(slow.read(a, layer), fast.read(b, layer), strict=True):
+            assert_bits_equal(one, other)
+
+
+@pytest.mark.parametrize("query_len", [1, 7])
+def test_attention_equals_attention_on_what_is_read(query_len: int) -> None:
+    cache = make_cache()
+    keys, values = tokens(300)
+    sequences = [cache.allocate() for _ in range(3)]
+    lengths = (290, 20, 100)
+    for sequence, length in zip(sequences, lengths, strict=True):
+        cache.append(sequence, keys[:, :length], values[:, :length])
+    rng = np.random.Generator(np.random.PCG64(4))
+    count = query_len * 3
+    query = rng.standard_normal((count, 8, 32), np.float32)
+    sinks = rng.standard_normal(8).astype(np.float32)
+    step = cache.begin_step(sequences, [query_len] * 3)
+    for layer in range(2):
+        step.append(layer, keys[layer, :count], values[layer, :count])
+        options: dict[str, Any] = dict(
+            scale=0.3, logits_soft_cap=4.0, sliding_window=90, sinks=sinks
+        )
+        out = step.attend(layer, query, **options)
+        for s, sequence in enumerate(sequences):
+            if layer == 0:
+                continue  # the step is finished after the last layer, then `read` sees it
+            k, v = (x.astype(np.float64) for x in cache.read(sequence, layer))
+            for i in range(query_len):
+                row, last = s * query_len + i, len(k) - query_len + i
+                seen = slice(max(0, last - 89), last + 1)
+                for head in range(8):
+                    scores = 0.3 * (k[seen, head // 4] @ query[row, head].astype(np.float64))
+                    scores = np.append(4 * np.tanh(scores / 4), sinks[head])
+                    weights = np.exp(scores - scores.max())
+                    want = weights[:-1] @ v[seen, head // 4] / weights.sum()
+                    assert np.abs(out[row, head] - want).max() < 2e-6
+
+
+def test_out_of_pages_changes_nothing() -> None:
+    cache = make_cache(num_blocks=2, num_full_blocks=9, recent_tokens=16)
+    a, b = cache.allocate(), cache.allocate()
+    keys, values = tokens(400)
+    cache.append(a, keys[:, :50], values[:, :50])
+    before, stats = cache.read(a, 1), cache.stats()
+    with pytest.raises(OutOfPagesError, match=r"packed pages needed, \d of 2 free"):
+        cache.append([a] * 200 + [b] * 200, keys, values)
+    assert cache.stats() == stats
+    assert cache.length(b) == 0
+    for one, other in zip(cache.read(a, 1), before, strict=True):
+        assert_bits_equal(one, other)
+
+
+def test_cancelled_step_changes_nothing() -> None:
+    cache = make_cache()
+    sequence = cache.allocate()
+    keys, values = tokens(120)
+    cache.append(sequence, keys[:, :100], values[:, :100])
+    before, stats = cache.read(sequence, 1), cache.stats()
+    step = cache.begin_step([sequence], [20])
+    step.append(0, keys[0, 100:], values[0, 100:])
+    step.cancel()
+    assert cache.stats() == stats
+    for one, other in zip(cache.read(sequence, 1), before, strict=True):
+        assert_bits_equal(one, other)
+    with pytest.raises(RuntimeError, match="was cancelled"):
+        step.append(1, keys[1, 100:], values[1, 100:])
+
+
+def test_stats_count_every_byte() -> None:
+    cache = make_cache(key_bits=4, value_bits=2)
+    assert cache.stats()["used_bytes"] == 0
+    a = cache.allocate()
+    keys, values = tokens(200)
+    cache.append(a, keys, values)
+    cache.fork(a)
+    stats = cache.stats()
+    # 13 pages: the sink, 7 packed ones, and tokens 128 to 199 in 5 full ones
+    assert (stats["packed_pages"][0], stats["full_pages"][0]) == (7, 6)
+    packed = 7 * 16 * 2 * 2 * (16 + 4 + 8 + 4)  # pages, tokens, layers, heads, bytes
+    full = 6 * 16 * 2 * 2 * (2 * 32 * 2)
+    assert stats["used_bytes"] == packed + full + 2 * 2 * 32 * 4
+    assert (stats["tokens"], stats["stored_tokens"]) == (400, 200)
+    assert stats["fp16_bytes"] == 200 * 2 * 2 * 2 * 32 * 2
+    assert stats["fragmentation"] == pytest.approx(1 - 200 / 208)
+
+
+def test_swapping_frees_pages() -> None:
+    cache = make_cache()
+    a = cache.allocate()
+    keys, values = tokens(100)
+    cache.append(a, keys, values)
+    before = cache.read(a, 1)
+    cache.swap_out(a)
+    assert cache.stats()["used_bytes"] == 0
+    assert cache.stats()["swapped_bytes"] > 0
+    assert cache.length(a) == 100
+    with pytest.raises(ValueError, match="swapped out"):
+        cache.read(a, 0)
+    cache.swap_in(a)
+    for one, other in zip(cache.read(a, 1), before, strict=True):
+        assert_bits_equal(one, other)
+    with pytest.raises(ValueError, match="is not swapped out"):
+        cache.swap_in(a)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_save_and_load(tmp_path: Path, dtype: str) -> None:
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    matrix = np.linalg.qr(np.random.Generator(np.random.PCG64(3)).standard_normal((32, 32)))[0]
+    quantizer = TurboQuant(head_dim=32, bits=5, rotation=matrix, scale="mse")
+    cache = make_cache(dtype=dtype, value_quantizer=quantizer)
+    a = cache.allocate()
+    keys, values = tokens(130)
+    cache.append(a, keys, values)
+    b = cache.fork(a)
+    cache.append(b, keys[:, :9], values[:, :9])
+    cache.save(tmp_path / "cache.npz")
+    loaded = PagedKVCache.load(tmp_path / "cache.npz")
+    assert loaded.sequences == [a, b]
+    assert loaded.stats() == cache.stats()
+    for sequence in (a, b):
+        for layer in range(2):
+            for one, other in zip(
+                loaded.read(sequence, layer), cache.read(sequence, layer), strict=True
+            ):
+                assert_bits_equal(one, other)
+    assert loaded.allocate() == b + 1
+    with pytest.raises(OutOfPagesError):
+        PagedKVCache.load(tmp_path / "cache.npz", num_blocks=1)
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    cache = make_cache()
+    a = cache.allocate()
+    cache.append(a, *tokens(100))
+    path = tmp_path / "cache.npz"
+    cache.save(path)
+    data = path.read_bytes()
+    for at in range(0, len(data), 997):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
+        try:
+            loaded = PagedKVCache.load(path)
+        except StorageError:
+            continue
+        for layer in range(2):  # a bit that carries nothing
+            for one, other in zip(loaded.read(a, layer), cache.read(a, layer), strict=True):
+                assert_bits_equal(one, other)
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(StorageError):
+        PagedKVCache.load(path)
+    np.savez(path, packed=np.zeros(3))
+    with pytest.raises(StorageError, match="not a complete cache file"):
+        PagedKVCache.load(path)
+
+
+WRONG_SIZES = [
+    (dict(num_layers=0), ValueError, "num_layers must be at least 1"),
+    (dict(num_blocks=-1), ValueError, "num_blocks must be at least 0"),
+    (dict(block_size=2.0), TypeError, "block_size must be an integer"),
+    (dict(recent_tokens=True), TypeError, "recent_tokens must be an integer"),
+    (dict(device="tpu"), ValueError, "device must be 'cpu' or 'cuda'"),
+    (dict(dtype="int8"), TypeError, "dtype must be one of"),
+    (dict(key_bits=9), ValueError, "Supported bit-widths"),
+    (dict(value_quantizer=TurboQuant(head_dim=64)), ValueError, "value_quantizer has head_dim 64"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), WRONG_SIZES, ids=lambda x: str(x)[:30])
+def test_wrong_sizes(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_cache(**change)
+
+
+def test_wrong_steps() -> None:
+    cache = make_cache()
+    a = cache.allocate()
+    keys, values = tokens(10)
+    with pytest.raises(ValueError, match="no sequence 77"):
+        cache.append(77, keys, values)
+    with pytest.raises(ValueError, match="named twice"):
+        cache.begin_step([a, a], [1, 1])
+    with pytest.raises(ValueError, match="2 sequences and 1 counts"):
+        cache.begin_step([a, 5], [1])
+    with pytest.raises(ValueError, match="must not be negative"):
+        cache.begin_step([a], [-1])
+    with pytest.raises(ValueError, match="keys must have shape"):
+        cache.append(a, keys[..., :31], values)
+    with pytest.raises(TypeError, match="values must be float16"):
+        cache.append(a, keys, values.astype(np.int64))
+    bad = keys.copy()
+    bad[1, 3, 0, 5] = np.inf
+    with pytest.raises(ValueError, match=r"keys\[3, 0, 5\] is inf"):
+        cache.append(a, bad, values)
+    bad[1, 3, 0, 5] = 1e6
+    with pytest.raises(ValueError, match="which float16 cannot hold"):
+        cache.append(a, bad, values)
+    assert cache.length(a) == 0
+    step = cache.begin_step([a], [10])
+    with pytest.raises(RuntimeError, match="while a step is open"):
+        cache.begin_step([a], [1])
+    with pytest.raises(RuntimeError, match="cannot truncate"):
+        cache.truncate(a, 0)
+    with pytest.raises(RuntimeError, match="layer 0 has not been appended"):
+        step.attend(0, np.zeros((10, 4, 32), np.float32))
+    step.append(0, keys[0], values[0])
+    with pytest.raises(RuntimeError, match="no layer 0 left"):
+        step.append(0, keys[0], values[0])
+    with pytest.raises(ValueError, match="query must have shape"):
+        step.attend(0, np.zeros((9, 4, 32), np.float32))
+    with pytest.raises(ValueError, match="multiple of num_kv_heads"):
+        step.attend(0, np.zeros((10, 3, 32), np.float32))
+    step.append(1, keys[1], values[1])
+    with pytest.raises(ValueError, match="has 10 tokens, cannot truncate it to 11"):
+        cache.truncate(a, 11)
+    cache.truncate(a, 5)
+    with pytest.raises(RuntimeError, match="the cache has changed"):
+        step.attend(0, np.zeros((10, 4, 32), np.float32))

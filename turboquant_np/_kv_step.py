@@ -1,0 +1,347 @@
+"""One step of a cache: every layer appends its new tokens and attends to all tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from . import _arrays
+from ._checks import check_same_place
+from ._kv_plan import Moves, Plan
+from ._window_attention import window_attention
+from .fused_attention import TQPagedAttention, merge_attention
+
+if TYPE_CHECKING:
+    from ._pages import Sequence
+    from .kv_cache import PagedKVCache
+
+__all__ = ["Step"]
+
+
+class Step:
+    """New tokens of some sequences, layer by layer; made by `PagedKVCache.begin_step`.
+
+    Attributes
+    ----------
+    sequences : list of int
+    counts : list of int
+        New tokens of each sequence; arrays hold them one sequence after the other.
+    missing : set of int
+        Layers that have not been appended to yet.
+    """
+
+    def __init__(self, cache: PagedKVCache, sequences: list[int], plan: Plan) -> None:
+        self.cache, self.sequences, self._plan = cache, sequences, plan
+        self.counts = plan.counts
+        self.missing = set(range(cache.num_layers))
+        self._moves: dict[str, Any] = {}
+        self._tables: Tables | None = None
+        self._cancelled = False
+        self._version = cache._version
+
+    # -- appending ---------------------------------------------------------------------------------
+
+    def append(self, layer: int, keys: Any, values: Any) -> None:
+        """Store the new tokens of one layer; after the last layer the step is finished.
+
+        Parameters
+        ----------
+        layer : int
+            Each layer once, in any order.
+        keys, values : array, float, shape [tokens, num_kv_heads, head_dim]
+            The sequences' new tokens, one sequence after the other.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If shape, dtype or place do not fit, or a value is NaN or infinite (looked at on a CPU
+            only); nothing is stored.
+        RuntimeError
+            If the layer has been appended to already.
+        """
+        if layer not in self.missing:
+            what = "was cancelled" if self._cancelled else f"has no layer {layer} left to append to"
+            raise RuntimeError(f"this step {what}")
+        k, v = (self._take_in(x, name) for x, name in ((keys, "keys"), (values, "values")))
+        c, plan, xp = self.cache, self._plan, self.cache._xp
+        size = c._windows.block_size
+        for to, source in plan.copies:
+            for pool in (c._k_full[layer], c._v_full[layer]):
+                pool[to] = pool[source]
+        for to, source, offset in plan.thaws:
+            c._k_full[layer, to] = c._unpack_keys(layer, source, offset)
+            c._v_full[layer, to] = c._unpack_values(layer, source)
+        k_full = c._k_full[layer].reshape(-1, c.num_kv_heads, c.head_dim)
+        v_full = c._v_full[layer].reshape(-1, c.num_kv_heads, c.head_dim)
+        for i, new in enumerate(plan.new_offsets):
+            count = len(new.from_full.to) + len(new.from_new.to)
+            first = xp.empty((count, c.num_kv_heads, c.head_dim), np.float32)
+            self._move(first, k_full, new.from_full, f"mean full {i}")
+            self._move(first, k, new.from_new, f"mean new {i}")
+            c._key_offsets[layer, new.slot] = first.mean(axis=0)
+        if plan.packs:
+            pages = self._index("pack to", [page for page, _ in plan.packs])
+            offsets = self._index("pack offsets", [offset for _, offset in plan.packs])
+            tokens = xp.empty((2, len(plan.packs) * size, c.num_kv_heads, c.head_dim), np.float32)
+            for target, full, fresh in ((tokens[0], k_full, k), (tokens[1], v_full, v)):
+                self._move(target, full, plan.pack_full, "pack full")
+                self._move(target, fresh, plan.pack_new, "pack new")
+            paged = tokens.reshape(2, len(plan.packs), size, c.num_kv_heads, c.head_dim)
+            paged[0] -= c._key_offsets[layer][offsets][:, None]
+            finite = c.device == "cpu"
+            packed, norms = c.key_quantizer.encode(paged[0], check_finite=finite)
+            c._k_packed[layer, pages], c._k_norms[layer, pages] = packed, norms
+            packed, norms = c.value_quantizer.encode(paged[1], check_finite=finite)
+            c._v_packed[layer, pages], c._v_norms[layer, pages] = packed, norms
+        self._move(k_full, k, plan.write, "write")
+        self._move(v_full, v, plan.write, "write")
+        self.missing.discard(layer)
+        if not self.missing:
+            self.finish()
+
+    def _move(self, target: Any, source: Any, moves: Moves, name: str) -> None:
+        if moves.to:
+            to = self._index(f"{name} to", moves.to)
+            target[to] = source[self._index(f"{name} source", moves.source)].astype(target.dtype)
+
+    def _index(self, name: str, values: list[int]) -> Any:
+        """An index array where the cache lives, made once for all layers."""
+        if name not in self._moves:
+            self._moves[name] = self.cache._xp.asarray(np.array(values, np.int64))
+        return self._moves[name]
+
+    def _take_in(self, x: Any, name: str) -> Any:
+        c = self.cache
+        array, _ = _arrays.take_in(x, name)
+        check_same_place(array, name, c._k_full, "the cache")
+        shape = (sum(self.counts), c.num_kv_heads, c.head_dim)
+        if array.dtype.name not in _arrays.FLOAT_NAMES:
+            raise TypeError(f"{name} must be {', '.join(_arrays.FLOAT_NAMES)}, got {array.dtype}")
+        if array.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} (the {shape[0]} new tokens of this step), "
+                f"got {array.shape}"
+            )
+        if c.device == "cpu":
+            with np.errstate(over="ignore"):
+                bad = ~np.isfinite(array.astype(c.dtype))
+            if bad.any():
+                at = tuple(int(i) for i in np.argwhere(bad)[0])
+                raise ValueError(f"{name}{list(at)} is {array[at]}, which {c.dtype} cannot hold")
+        return _arrays.native(array)
+
+    def finish(self) -> None:
+        """Carry out the plan on the page tables; called by the last `append`."""
+        cache = self.cache
+        cache._planner.finish(self._plan)
+        for sequence, state in zip(self.sequences, self._plan.after, strict=True):
+            cache._sequences[sequence] = state
+        cache._open_step = None
+
+    def cancel(self) -> None:
+        """Give the step up: sequences are as before it.  Harmless if it is finished."""
+        if self.cache._open_step is self:
+            self.cache._planner.cancel(self._plan)
+            self.cache._open_step = None
+            self.missing, self._cancelled = set(), True
+
+    # -- attending ---------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        layer: int,
+        query: Any,
+        *,
+        query_lens: list[int] | None = None,
+        scale: float | None = None,
+        logits_soft_cap: float | None = None,
+        sliding_window: int | None = None,
+        sinks: Any = None,
+    ) -> Any:
+        """Attention of the last tokens of each sequence to all of its tokens, causal.
+
+        Parameters
+        ----------
+        layer : int
+            One that has been appended to.
+        query : array, float, shape [tokens, num_query_heads, head_dim]
+            One sequence after the other.
+        query_lens : list of int, optional
+            Query tokens of each sequence, its last ones; by default its new tokens.
+        scale, logits_soft_cap, sliding_window, sinks
+            As in `TQPagedAttention.forward`.
+
+        Returns
+        -------
+        array, shape and dtype of `query`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `TQPagedAttention.forward`.
+        RuntimeError
+            If the layer has not been appended to, the step was cancelled, or the cache has changed
+            since.
+        """
+        if layer in self.missing or self._cancelled or not 0 <= layer < self.cache.num_layers:
+            raise RuntimeError(f"layer {layer} has not been appended to in this step")
+        if self._version != self.cache._version:
+            raise RuntimeError("the cache has changed since this step; begin another one")
+        c = self.cache
+        q, give_back = _arrays.take_in(query, "query")
+        lens = self.counts if query_lens is None else list(query_lens)
+        states = self._plan.after
+        if len(lens) != len(states) or any(
+            not 0 <= n <= s.length for n, s in zip(lens, states, strict=False)
+        ):
+            raise ValueError(
+                f"query_lens must name 0 to all tokens of each of {len(states)} sequences, "
+                f"got {lens}"
+            )
+        check_same_place(q, "query", c._k_full, "the cache")
+        if q.ndim != 3 or q.shape[0] != sum(lens) or q.shape[2] != c.head_dim:
+            raise ValueError(
+                f"query must have shape ({sum(lens)}, num_query_heads, {c.head_dim}), got {q.shape}"
+            )
+        heads = int(q.shape[1])
+        attention = TQPagedAttention(c.key_quantizer, heads, value_quantizer=c.value_quantizer)
+        if heads % c.num_kv_heads:
+            raise ValueError(
+                f"num_query_heads ({heads}) must be a multiple of num_kv_heads ({c.num_kv_heads})"
+            )
+        options: dict[str, Any] = dict(
+            scale=1 / math.sqrt(c.head_dim) if scale is None else scale,
+            logits_soft_cap=logits_soft_cap,
+            sliding_window=sliding_window,
+        )
+        if self._tables is None or self._tables.lens != lens:
+            self._tables = Tables(c, states, lens)
+        tables = self._tables
+        outs, lses = [], []
+        if tables.has_packed:
+            out, lse = attention(
+                _arrays.native(q),
+                c._k_packed[layer],
+                c._k_norms[layer],
+                c._v_packed[layer],
+                c._v_norms[layer],
+                tables.packed_blocks,
+                tables.packed_lens,
+                query_start_loc=tables.query_start_loc,
+                query_positions=tables.packed_query_positions,
+                key_offset=c._key_offsets[layer][tables.offsets],
+                return_lse=True,
+                **options,
+            )
+            outs.append(out.astype(np.float32))
+            lses.append(lse)
+        out, lse = self._attend_window(layer, q, tables, sinks, options)
+        outs.append(out)
+        lses.append(lse)
+        merged = outs[0] if len(outs) == 1 else merge_attention(outs, lses)[0]
+        return give_back(merged.astype(q.dtype.newbyteorder("=")))
+
+    def _attend_window(
+        self, layer: int, q: Any, tables: Tables, sinks: Any, options: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        """Full-precision pages, for sequences with equally many query tokens at a time."""
+        c, xp = self.cache, self.cache._xp
+        tokens, heads, d = q.shape
+        group = heads // c.num_kv_heads
+        out = xp.empty(q.shape, np.float32)
+        lse = xp.empty((tokens, heads), np.float32)
+        if sinks is not None:
+            sinks = _arrays.take_in(sinks, "sinks")[0]
+            if sinks.shape != (heads,):
+                raise ValueError(f"sinks must have shape ({heads},), got {sinks.shape}")
+            sinks = sinks.astype(np.float32).reshape(c.num_kv_heads, group)
+        slots = (-1, c.num_kv_heads, d)
+        k_pool, v_pool = c._k_full[layer].reshape(slots), c._v_full[layer].reshape(slots)
+        for part in tables.windows:
+            rows = q[part.tokens].astype(np.float32)
+            shape = (*part.query_positions.shape, c.num_kv_heads, group, d)
+            part_out, part_lse = window_attention(
+                xp,
+                rows.reshape(shape),
+                k_pool[part.slots],
+                v_pool[part.slots],
+                part.key_positions,
+                part.query_positions,
+                scale=options["scale"],
+                logits_soft_cap=options["logits_soft_cap"] or 0.0,
+                sliding_window=options["sliding_window"] or 0,
+                sinks=sinks,
+            )
+            out[part.tokens] = part_out.reshape(-1, heads, d)
+            lse[part.tokens] = part_lse.reshape(-1, heads)
+        return out, lse
+
+
+class WindowPart(NamedTuple):
+    """Sequences with the same number L of query tokens: S of them, F full-precision slots each."""
+
+    tokens: Any  # int [S * L] rows of the query
+    slots: Any  # int [S, F] slots of the full-precision pool
+    key_positions: Any  # int [S, F], -1 where there is none
+    query_positions: Any  # int [S, L]
+
+
+class Tables:
+    """Where the tokens of a step's sequences are, as arrays in the cache's memory.
+
+    lens : query tokens of each sequence
+    """
+
+    def __init__(self, cache: PagedKVCache, states: list[Sequence], lens: list[int]) -> None:
+        self.lens = lens
+        xp, size = cache._xp, cache._windows.block_size
+        blocks = [[page.number for page in s.pages if not page.full] for s in states]
+        first = [next((i for i, page in enumerate(s.pages) if not page.full), 0) for s in states]
+        held = [
+            min(len(b) * size, s.length - f * size)
+            for b, f, s in zip(blocks, first, states, strict=True)
+        ]
+        starts = np.cumsum([0, *lens])
+        positions = [s.length - n for s, n in zip(states, lens, strict=True)]
+        self.has_packed = any(blocks)
+        table = np.zeros((len(states), max(map(len, blocks), default=0)), np.int32)
+        for row, numbers in zip(table, blocks, strict=True):
+            row[: len(numbers)] = numbers
+        self.packed_blocks = xp.asarray(table)
+        self.packed_lens = xp.asarray(np.array(held, np.int32))
+        self.query_start_loc = xp.asarray(starts.astype(np.int32))
+        self.packed_query_positions = xp.asarray(
+            np.array([p - f * size for p, f in zip(positions, first, strict=True)], np.int32)
+        )
+        none = len(cache._offsets.references)  # the slot that stays zero
+        offsets = [none if s.offset is None else s.offset for s in states]
+        self.offsets = xp.asarray(np.array(offsets, np.int64))
+        self.windows = [
+            self._window(xp, size, states, lens, starts, length)
+            for length in sorted(set(lens) - {0})
+        ]
+
+    @staticmethod
+    def _window(
+        xp: Any, size: int, states: list[Sequence], lens: list[int], starts: Any, length: int
+    ) -> WindowPart:
+        chosen = [i for i, n in enumerate(lens) if n == length]
+        full = [[i for i, page in enumerate(states[s].pages) if page.full] for s in chosen]
+        width = max(map(len, full)) * size
+        slots = np.zeros((len(chosen), width), np.int64)
+        key_positions = np.full((len(chosen), width), -1, np.int64)
+        inside = np.arange(size)
+        for row, s in enumerate(chosen):
+            for at, i in enumerate(full[row]):
+                part = slice(at * size, (at + 1) * size)
+                slots[row, part] = states[s].pages[i].number * size + inside
+                position = i * size + inside
+                key_positions[row, part] = np.where(position < states[s].length, position, -1)
+        last = np.array([states[s].length for s in chosen])
+        query_positions = last[:, None] - length + np.arange(length)
+        tokens = starts[chosen][:, None] + np.arange(length)
+        return WindowPart(
+            *(xp.asarray(x) for x in (tokens.reshape(-1), slots, key_positions, query_positions))
+        )
