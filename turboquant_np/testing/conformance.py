@@ -77,7 +77,7 @@ def varied_vectors(head_dim: int, rows: int, seed: int) -> npt.NDArray[np.float3
     x[kinds == 5, 0] *= 1000.0
     x[kinds == 6] = 0.0
     exponents = np.select(
-        [kinds == 7, kinds == 8, kinds == 9, kinds == 10], [-140, 120, -31, 31], 0
+        [kinds == kind for kind in (7, 8, 9, 10, 11)], [-140, 120, -31, 31, -64], 0
     )
     scaled: npt.NDArray[np.float32] = np.ldexp(x, exponents[:, None])
     return scaled
