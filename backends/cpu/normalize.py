@@ -94,7 +94,10 @@ def largest_lane(s: Simd, bits: Register) -> Value:
 def exponent_of(s: Simd, bits: Value) -> Value:
     """e with 2**e <= |x| < 2**(e + 1), from the bits of |x|; 0 for zero, infinity and NaN."""
     b = s.b
-    i32 = lambda value: ir.Constant(I32, value)  # noqa: E731
+
+    def i32(value: int) -> Value:
+        return ir.Constant(I32, value)
+
     normal = b.sub(b.lshr(bits, i32(23)), i32(127))
     leading = b.ctlz(bits, ir.Constant(ir.IntType(1), 0))
     subnormal = b.sub(i32(31 - 149), leading)

@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from itertools import count
 
 ENVIRONMENT_VARIABLE = "TURBOQUANT_NP_NUM_THREADS"
@@ -35,15 +34,11 @@ def num_threads() -> int:
     ValueError
         If the variable is no positive whole number.
     """
-    return _from_setting(os.environ.get(ENVIRONMENT_VARIABLE))
-
-
-@lru_cache(maxsize=8)
-def _from_setting(setting: str | None) -> int:
-    if setting is None or not setting.strip():
+    setting = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
+    if not setting:
         affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
         return len(affinity(0)) if affinity else os.cpu_count() or 1
-    if setting.strip().isdecimal() and int(setting) >= 1:
+    if setting.isdecimal() and int(setting) >= 1:
         return int(setting)
     raise ValueError(
         f"{ENVIRONMENT_VARIABLE} must be a whole number >= 1, got {setting!r}; "
@@ -79,22 +74,20 @@ def for_rows(rows: int, elements_per_row: int, task: Task) -> None:
 
 
 def _submit(work: Callable[[], None], helpers: int) -> list[Future[None]]:
-    try:
-        pool = _get_pool(helpers)
-        return [pool.submit(work) for _ in range(helpers)]
-    except RuntimeError:  # the interpreter is shutting down: the caller does everything
-        return []
-
-
-def _get_pool(size: int) -> ThreadPoolExecutor:
-    """The pool, with at least `size` threads."""
+    """Ask the pool to do `work` `helpers` times; the pool grows where it has to."""
     global _pool, _pool_size
+    submitted: list[Future[None]] = []
     with _lock:
-        if _pool is None or _pool_size < size:
+        if _pool is None or _pool_size < helpers:
             if _pool is not None:
                 _pool.shutdown(wait=False)  # what it was given is still done
-            _pool, _pool_size = ThreadPoolExecutor(size, "turboquant_np"), size
-        return _pool
+            _pool, _pool_size = ThreadPoolExecutor(helpers, "turboquant_np"), helpers
+        try:
+            for _ in range(helpers):
+                submitted.append(_pool.submit(work))
+        except RuntimeError:  # the interpreter is shutting down: the caller does the rest
+            pass
+    return submitted
 
 
 def _forget_pool() -> None:
