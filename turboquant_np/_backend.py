@@ -65,6 +65,23 @@ class Backend(Protocol):
     ) -> None:
         """scores[m, n] = <query[m], decoded[n]>, from the packed codes; to float32 accuracy."""
 
+    def encode_paged(
+        self,
+        key_spec: CodecSpec,
+        value_spec: CodecSpec,
+        keys: Any,
+        values: Any,
+        k_packed: Any,
+        k_norms: Any,
+        v_packed: Any,
+        v_norms: Any,
+        slot_mapping: Any,
+    ) -> None:
+        """Encode into the slots of a paged cache; slots outside of it are skipped.
+
+        Shapes as in turboquant_np.paged.encode_paged; the last axis of packed is contiguous.
+        """
+
     def attention(self, key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch) -> None:
         """Fill batch.out and batch.lse; see AttentionBatch for shapes."""
 

@@ -16,6 +16,7 @@ from .attention import attention
 from .codec import decode, encode
 from .compile import cache_directory
 from .inner_products import inner_products
+from .paged import encode_paged
 from .simd import target
 from .threads import num_threads
 
@@ -26,6 +27,7 @@ __all__ = [
     "device",
     "empty",
     "encode",
+    "encode_paged",
     "first_non_finite",
     "inner_products",
     "name",

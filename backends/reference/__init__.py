@@ -12,6 +12,7 @@ import numpy as np
 from .attention import attention
 from .codec import decode, encode
 from .inner_products import inner_products
+from .paged import encode_paged
 
 __all__ = [
     "attention",
@@ -20,6 +21,7 @@ __all__ = [
     "device",
     "empty",
     "encode",
+    "encode_paged",
     "first_non_finite",
     "inner_products",
     "name",
