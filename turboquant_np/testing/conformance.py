@@ -193,7 +193,11 @@ class BackendConformance:
     @_shared_by_subclasses
     def test_any_array_gives_the_reference_bits(self, data: st.DataObject) -> None:
         some = self._settings() if self.every_combination else self._settings()[::6]
-        config = replace(data.draw(st.sampled_from(some)), seed=data.draw(strategies.seeds()))
+        config = replace(
+            data.draw(st.sampled_from(some)),
+            seed=data.draw(strategies.seeds()),
+            hadamard_rounds=data.draw(st.sampled_from([3, 1, 2, 4, 16])),
+        )
         shape = strategies.shapes(config.head_dim)
         x = data.draw(strategies.float_arrays(shape, dtypes=self.dtypes, layouts=["C"]))
         layout = data.draw(st.sampled_from(list(self.layouts)))
@@ -209,6 +213,24 @@ class BackendConformance:
             _one_nan(mine.decode(packed, norms, dtype=dtype)),
             _one_nan(reference.decode(expected_packed, expected_norms, dtype=dtype)),
         )
+
+    def test_long_vectors_give_the_reference_bits(self) -> None:
+        for config in (
+            TurboQuantConfig(head_dim=576, bits=5, scale="mse"),
+            TurboQuantConfig(head_dim=1536, bits=4, scale="unbiased"),
+            TurboQuantConfig(head_dim=4096, bits=2),
+        ):
+            with _naming(config):
+                mine, reference = self._pair(config)
+                x = varied_vectors(config.head_dim, rows=13, seed=8)
+                packed, norms = mine.encode(self.to_device(x))
+                expected_packed, expected_norms = reference.encode(x)
+                assert_bits_equal(norms, expected_norms)
+                assert_bits_equal(packed, expected_packed)
+                assert_bits_equal(
+                    mine.decode(packed, norms, dtype="float32"),
+                    reference.decode(expected_packed, expected_norms, dtype="float32"),
+                )
 
     def test_a_vector_does_not_depend_on_its_batch(self) -> None:
         for config in (
