@@ -470,3 +470,11 @@ if __name__ == "__main__":
         check_case(chosen_case)
     level = _backend.load("cpu").describe()["simd"].split()[0]
     print(level, len(chosen))
+
+
+def test_kernels_are_not_kept_beside_the_source() -> None:
+    """They would outlive the package, and the folder left behind would shadow a new install."""
+    package = Path(load("cpu").__file__).parent  # type: ignore[attr-defined]
+    directory = load("cpu").describe()["cache"]
+    assert package not in Path(directory).parents
+    assert not list(package.rglob("*.nbi"))

@@ -3,8 +3,10 @@
 A kernel is an intrinsic inside a one-line function whose only constant is a text: the plan and a
 digest of this package's source.  Numba's cache files are keyed by the values a function closes
 over, so each plan has its own entry, entries of an older source are never used, and a second
-process loads in milliseconds.  Where no cache directory can be written, kernels are compiled in
-every process.
+process loads in milliseconds.  The files lie in the user's cache directory, not beside the source
+as Numba would have it: there they would outlive the package, and Python would take the folder they
+are left in for a package of that name.  Where no cache directory can be written, kernels are
+compiled in every process.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
-from numba.core.caching import FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.extending import intrinsic
 
 from .attend_units import emit_attend, emit_merge
@@ -82,12 +84,28 @@ def _function(text: str) -> Callable[..., Any]:
     return kernel
 
 
+class _KernelFiles(CompileResultCacheImpl):  # type: ignore[misc]
+    """Where NUMBA_CACHE_DIR says, else in the user's cache directory, else beside the source."""
+
+    _locator_classes = sorted(
+        CompileResultCacheImpl._locator_classes, key=lambda c: "InTree" in c.__name__
+    )
+
+
+class _KernelCache(FunctionCache):  # type: ignore[misc]
+    _impl_class = _KernelFiles
+
+
 @cache
 def compiled(plan: Plan) -> Kernel:
     """The compiled kernel of a plan; compiles (or loads) it on first use."""
     function = _function(f"{plan.key()}|{source_digest()}")
-    kept = cache_directory() is not None
-    kernel: Kernel = njit(SIGNATURE, cache=kept, nogil=True, error_model="numpy")(function)
+    dispatcher = njit(nogil=True, error_model="numpy")(function)
+    if cache_directory() is not None:
+        dispatcher._cache = _KernelCache(function)
+    dispatcher.compile(SIGNATURE)
+    dispatcher.disable_compile()
+    kernel: Kernel = dispatcher
     return kernel
 
 
@@ -95,6 +113,6 @@ def compiled(plan: Plan) -> Kernel:
 def cache_directory() -> str | None:
     """Where compiled kernels are kept on disk; None if nowhere can be written."""
     try:
-        return str(FunctionCache(_function("")).cache_path)
+        return str(_KernelCache(_function("")).cache_path)
     except RuntimeError:
         return None
