@@ -474,7 +474,7 @@ if __name__ == "__main__":
 
 def test_kernels_are_not_kept_beside_the_source() -> None:
     """They would outlive the package, and the folder left behind would shadow a new install."""
-    package = Path(load("cpu").__file__).parent  # type: ignore[attr-defined]
-    directory = load("cpu").describe()["cache"]
-    assert package not in Path(directory).parents
+    backend: Any = _backend.load("cpu")
+    package = Path(backend.__file__).parent
+    assert package not in Path(backend.describe()["cache"]).parents
     assert not list(package.rglob("*.nbi"))
