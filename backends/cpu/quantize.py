@@ -25,7 +25,7 @@ from .simd import F32, Register, Simd, Table, Target, Value
 Float32s = npt.NDArray[np.float32]
 
 HEADER = 16  # float32s in front of the sections
-GAIN, DIM, GRID_LOW, GRID_HIGH, GRID_SCALE, SMALLEST_NORMAL = range(6)  # in the header
+GAIN, DIM, GRID_LOW, GRID_HIGH, GRID_SCALE, SMALLEST_NORMAL, ONE = range(7)  # in the header
 SHORTEST_TABLE = 32
 MAX_CELLS = 4096
 MAGIC = 12582912.0  # 1.5 * 2**23: adding it rounds to an integer and leaves it in the low bits
@@ -88,6 +88,7 @@ def host_tables(target: Target, spec: CodecSpec, values: Float32s) -> Float32s:
     header = np.zeros(HEADER, np.float32)
     header[GAIN], header[DIM] = spec.encode_gain, spec.head_dim
     header[SMALLEST_NORMAL] = np.finfo(np.float32).tiny
+    header.view(np.int32)[ONE] = 1
     sections: list[npt.NDArray[Any]] = [values]
     method = method_for(target, spec.bits)
     if method == "count":
@@ -136,6 +137,8 @@ class Quantizer:
     def __init__(self, s: Simd, tables: Value, bits: int, cells: int) -> None:
         self.s, self.bits, self.cells = s, bits, cells
         self.method = method_for(s.target, bits)
+        # from memory, because LLVM turns a constant 1 behind a mask into two instructions
+        self.one = s.as_ints(header_value(s, tables, ONE))
         if self.method == "count":
             start = _section(s, tables, bits, 1, 0)
             count = (1 << bits) - 1
@@ -171,7 +174,8 @@ class Quantizer:
         return s.b.add(self.below.ints(cell), self._exceeds(z, self.inside(cell)))
 
     def _exceeds(self, z: Register, bound: Register) -> Register:
-        return self.s.b.zext(self.s.b.fcmp_ordered(">", z, bound), self.s.ints)
+        exceeds = self.s.b.fcmp_ordered(">", z, bound)
+        return self.s.b.select(exceeds, self.one, self.s.const_i(0))
 
 
 __all__ = ["Quantizer", "cells_for", "header_value", "host_tables", "values_table"]
