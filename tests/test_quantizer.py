@@ -99,11 +99,11 @@ def test_the_dtype_setting_is_the_output_dtype(backend: str) -> None:
     assert tq.decode(*tq.encode(gaussian(2, 100))).dtype == np.float64
 
 
-def test_more_bits_less_error(backend: str) -> None:
+def test_more_bits_less_error() -> None:
     x = gaussian(100, 128)
     errors = [
         np.linalg.norm(tq.decode(*tq.encode(x), dtype=np.float32) - x)
-        for tq in (TurboQuant(head_dim=128, bits=bits, backend=backend) for bits in range(1, 9))
+        for tq in (TurboQuant(head_dim=128, bits=b, backend="reference") for b in range(1, 9))
     ]
     assert all(b < 0.62 * a for a, b in pairwise(errors))
     assert errors[-1] < 0.007 * np.linalg.norm(x)

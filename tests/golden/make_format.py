@@ -6,17 +6,15 @@ come from whole numbers and powers of two, so that no random generator has to st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from turboquant_np import FORMAT_VERSION, TurboQuant, TurboQuantConfig
-from turboquant_np._spec import SCALE_KINDS
-
-HEAD_DIMS = (2, 3, 8, 63, 64, 80, 127, 128, 256)
+from turboquant_np import FORMAT_VERSION, TurboQuant
+from turboquant_np.testing.conformance import varied_configs
 
 
 def vectors(head_dim: int) -> npt.NDArray[np.float32]:
@@ -30,25 +28,11 @@ def vectors(head_dim: int) -> npt.NDArray[np.float32]:
     return x.astype(np.float32)
 
 
-def cases() -> Iterator[TurboQuantConfig]:
-    """Every head_dim with every bit width; rotations, scales and seeds take turns."""
-    for n, head_dim in enumerate(HEAD_DIMS):
-        for bits in range(1, 9):
-            yield TurboQuantConfig(
-                head_dim=head_dim,
-                bits=bits,
-                rotation="haar" if bits % 3 == n % 3 else "hadamard",
-                scale=SCALE_KINDS[(bits + head_dim) % 3],
-                seed=42 + 1000 * n,
-                backend="reference",
-            )
-
-
 def main() -> None:
     arrays: dict[str, Any] = {}
-    for config in cases():
+    for config in varied_configs():
         x = vectors(config.head_dim)
-        tq = TurboQuant(config)
+        tq = TurboQuant(replace(config, backend="reference"))
         packed, norms = tq.encode(x)
         case = f"{config.head_dim}/{config.bits}/{config.rotation}/{config.scale}/{config.seed}"
         arrays[f"{config.head_dim}/x"] = x
