@@ -8,11 +8,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from .attention import attention
 from .codec import decode, encode
 from .inner_products import inner_products
 from .paged import encode_paged
 
 __all__ = [
+    "attention",
     "decode",
     "describe",
     "device",

@@ -1,0 +1,259 @@
+"""How one attention step is cut into blocks: pure functions of shapes, no GPU needed.
+
+The lengths of the contexts are not known here (looking at them would wait for the device, and a
+captured graph must stay valid when they change), so the number of blocks follows from the most that
+the shapes allow, and the kernels share the tokens that there are among these blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from turboquant_np._spec import CodecSpec
+
+SPLIT_TILE_ROWS = 16  # query rows of one matrix product
+SPLIT_UNIT = 64  # tokens that a block of attention_split handles at once
+SPLIT_THREADS = 128
+
+PAGE = 16  # tokens of one copy of attention_pages
+PAGES_HEAD_DIM = 128
+PAGES_BITS = {2, 3, 4, 8}
+PAGES_HEADS = 8  # kv heads of a block
+PAGES_TILE_ROWS = 8
+PAGES_MOST_ROWS = 16  # query rows of a sequence; each tile reads the pages again
+PAGES_THREADS = 288
+PAGES_SHARED_BYTES = 231424  # the most a block may have, less 1 KB
+
+MERGE_WARPS = 8  # of a block of attention_merge
+MANY_PARTS = 12  # of an output row: then all warps of a block share it
+ALIGNMENT = 256  # of each part of the scratch memory
+
+
+class Layout(NamedTuple):
+    """Where a paged array lies: address and strides in bytes."""
+
+    address: int
+    block: int
+    token: int
+    head: int
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The numbers of an AttentionBatch that decide the plan.
+
+    Attributes
+    ----------
+    num_tokens, num_seqs, num_kv_heads, group, max_blocks, block_size : int
+    query_len : int, query tokens of each sequence; 0 if ragged
+    soft_cap : bool
+    k_layout, v_layout, kn_layout, vn_layout : Layout
+        Of the packed codes and of the norms.
+    """
+
+    num_tokens: int
+    num_seqs: int
+    query_len: int
+    num_kv_heads: int
+    group: int
+    max_blocks: int
+    block_size: int
+    soft_cap: bool
+    k_layout: Layout
+    v_layout: Layout
+    kn_layout: Layout
+    vn_layout: Layout
+
+    @property
+    def num_query_rows(self) -> int:
+        return self.num_tokens * self.num_kv_heads * self.group
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Launch of one attention step.
+
+    Attributes
+    ----------
+    source, kernel : str, what computes the parts
+    macros : the variant of the source
+    grid : (ranges, groups of kv heads); a block writes parts of the items in its range
+    threads, shared_bytes : int, of a block
+    tile_rows : int, query rows of an item
+    merge_warps : int, warps of attention_merge that share an output row
+    slots : int, upper bound of the parts of one kv head (and share, see kernels/attention_pages)
+    scratch : {name: (offset, bytes)}, parts of the scratch memory
+    scratch_bytes : int
+    """
+
+    source: str
+    kernel: str
+    macros: Mapping[str, int]
+    grid: tuple[int, int]
+    threads: int
+    shared_bytes: int
+    tile_rows: int
+    merge_warps: int
+    slots: int
+    scratch: Mapping[str, tuple[int, int]]
+    scratch_bytes: int
+
+
+def make_plan(
+    key: CodecSpec, value: CodecSpec, shapes: Shapes, num_sms: int, bulk_copies: bool, dense: bool
+) -> Plan:
+    """Plan a step.
+
+    Parameters
+    ----------
+    key, value : CodecSpec
+    shapes : Shapes
+    num_sms : int, multiprocessors of the device
+    bulk_copies : bool, whether the device is one that kernels/attention_pages is written for
+    dense : bool, whether a rotation needs a row of floats for each query row
+    """
+    macros = {
+        "D": key.head_dim,
+        "KEY_BITS": key.bits,
+        "VALUE_BITS": value.bits,
+        "BLOCK_SIZE": shapes.block_size,
+    }
+    order = page_order(key, value, shapes) if bulk_copies else None
+    if order is not None:
+        heads = min(shapes.num_kv_heads, PAGES_HEADS)
+        shares = PAGES_HEADS // heads
+        pages = pages_per_warp(key.bits, value.bits)
+        unit = PAGE * pages * shares
+        macros |= {"HEADS": heads, "SHARES": shares, "SUB": pages, "PARTS_PER_SLOT": shares}
+        macros |= {"UNIT": unit, "HEAD_MAJOR": int(order == "head"), "NUM_SMEM": PAGES_SHARED_BYTES}
+        source, kernel, threads = "attention_pages.cu", "attention_pages", PAGES_THREADS
+        head_groups, blocks, most_rows = shapes.num_kv_heads // heads, num_sms, PAGES_TILE_ROWS
+    else:
+        unit, shares = SPLIT_UNIT, 1
+        macros |= {
+            "K_ALIGN": load_width(run_bytes(key, 4), key.packed_dim, *shapes.k_layout),
+            "V_ALIGN": load_width(run_bytes(value, 8), value.packed_dim, *shapes.v_layout),
+            "UNIT": unit,
+            "PARTS_PER_SLOT": shares,
+            "MIN_BLOCKS": blocks_per_sm(key.head_dim),
+        }
+        source, kernel, threads = "attention.cu", "attention_split", SPLIT_THREADS
+        head_groups, most_rows = shapes.num_kv_heads, SPLIT_TILE_ROWS
+        blocks = num_sms * blocks_per_sm(key.head_dim)
+
+    rows = (shapes.query_len or shapes.num_tokens) * shapes.group
+    tile_rows = max(1, min(most_rows, rows))
+    items = max_items(shapes, tile_rows)
+    units = -(-shapes.max_blocks * shapes.block_size // unit)
+    ranges = max(1, min(blocks // head_groups, items * units))
+    slots = ranges + items
+    scratch, scratch_bytes = scratch_layout(
+        key.head_dim, shapes, slots * shares * shapes.num_kv_heads * tile_rows, dense
+    )
+    return Plan(
+        source,
+        kernel,
+        macros,
+        (ranges, head_groups),
+        threads,
+        PAGES_SHARED_BYTES if order else 0,
+        tile_rows,
+        MERGE_WARPS if ranges * shares > MANY_PARTS * items else 1,
+        slots,
+        scratch,
+        scratch_bytes,
+    )
+
+
+def scratch_layout(
+    head_dim: int, shapes: Shapes, part_rows: int, dense: bool
+) -> tuple[dict[str, tuple[int, int]], int]:
+    """Offset and size of each part of the scratch memory, and the size of all."""
+    q_rows = shapes.num_query_rows
+    sizes = {
+        "q_rows": q_rows * _round_up(head_dim, 32) * 2,
+        "q_factors": q_rows * 8,
+        "plan": 16 * (shapes.num_seqs + 1),
+        "parts": part_rows * _round_up(head_dim, 8) * 2,
+        "part_scales": part_rows * 8,
+        "rows": q_rows * head_dim * 4 if dense else 0,
+    }
+    scratch, offset = {}, 0
+    for name, size in sizes.items():
+        scratch[name] = (offset, size)
+        offset += _round_up(size, ALIGNMENT)
+    return scratch, offset
+
+
+def page_order(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> str | None:
+    """Memory order "head" or "token" of pages that kernels/attention_pages can read, else None.
+
+    It wants head_dim 128, no soft cap, few query rows, and 16 tokens of all heads of a block of
+    threads in one piece: [head][token] in blocks of 16, or [token][head].
+    """
+    heads = shapes.num_kv_heads
+    rows = (shapes.query_len or shapes.num_tokens / max(1, shapes.num_seqs)) * shapes.group
+    if (
+        key.head_dim != PAGES_HEAD_DIM
+        or not {key.bits, value.bits} <= PAGES_BITS
+        or shapes.soft_cap
+        or rows > PAGES_MOST_ROWS
+        or shapes.block_size % PAGE
+        or (PAGES_HEADS % heads and heads % PAGES_HEADS)
+    ):
+        return None
+    arrays = (
+        (shapes.k_layout, key.packed_dim),
+        (shapes.v_layout, value.packed_dim),
+        (shapes.kn_layout, 4),
+        (shapes.vn_layout, 4),
+    )
+    if any(a.address % 16 or a.block % 16 for a, _ in arrays):
+        return None
+    if heads <= PAGES_HEADS and all(
+        a.token == heads * size and (heads == 1 or a.head == size) for a, size in arrays
+    ):
+        return "token"
+    if shapes.block_size == PAGE and all(
+        a.token == size and a.head == PAGE * size for a, size in arrays
+    ):
+        return "head"
+    return None
+
+
+def pages_per_warp(key_bits: int, value_bits: int) -> int:
+    """Pages that a warp of attention_pages takes at once: as many as its registers hold."""
+    if 8 in (key_bits, value_bits):
+        return 1
+    return 4 if key_bits == value_bits == 2 else 2
+
+
+def max_items(shapes: Shapes, tile_rows: int) -> int:
+    """Most (sequence, tile of rows) pairs that a batch of these shapes can have."""
+    if shapes.query_len:
+        return shapes.num_seqs * -(-shapes.query_len * shapes.group // tile_rows)
+    return shapes.num_tokens * shapes.group // tile_rows + shapes.num_seqs
+
+
+def run_bytes(spec: CodecSpec, lanes: int) -> int:
+    """Bytes of the codes that one of `lanes` lanes reads of a vector: whole groups of 8 codes."""
+    octets = -(-spec.head_dim // 8)
+    return -(-octets // lanes) * spec.bits
+
+
+def load_width(run: int, packed_dim: int, *addresses: int) -> int:
+    """Bytes that one load of codes may take: a power of two that divides every address."""
+    width = math.gcd(16, run, packed_dim, *addresses)
+    return width & -width
+
+
+def blocks_per_sm(head_dim: int) -> int:
+    """Blocks of attention_split that fit one multiprocessor by their registers."""
+    return 3 if head_dim <= 128 else 2
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -1,0 +1,5 @@
+// As attention.cu, for head_dim 128 and whole pages; see attention_pages.cuh for its macros.
+#include "attention_query.cuh"
+#include "attention_dense.cuh"
+#include "attention_pages.cuh"
+#include "attention_merge.cuh"
