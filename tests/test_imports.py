@@ -25,10 +25,12 @@ def test_import_loads_no_heavy_module(module: str, tmp_path: Path) -> None:
 
 
 def test_import_takes_little_time(tmp_path: Path) -> None:
+    # Processor time, as a busy machine is no fault of ours, beyond what NumPy itself takes.
     code = (
-        "import time; t = time.perf_counter(); import turboquant_np; print(time.perf_counter()-t)"
+        "import time, numpy; t = time.process_time(); import turboquant_np; "
+        "print(time.process_time() - t)"
     )
-    assert min(float(run(code, tmp_path)) for _ in range(5)) < 0.3
+    assert min(float(run(code, tmp_path)) for _ in range(5)) < 0.2
 
 
 def test_the_folder_of_backends_is_no_package_of_its_own(tmp_path: Path) -> None:
