@@ -278,18 +278,19 @@ def test_few_rows(rows: int, rotation: str) -> None:
 # -- inner products --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("queries", [2, 3], ids=["row by row", "tile by tile"])
 @pytest.mark.parametrize("case", CASES[::5], ids=str)
-def test_inner_products_to_float32_accuracy(case: Case) -> None:
+def test_inner_products_to_float32_accuracy(case: Case, queries: int) -> None:
     rng = np.random.default_rng(2)
     x = rng.standard_normal((2, 150, case.dim)) * np.exp(rng.standard_normal((2, 150, 1)))
-    query = rng.standard_normal((3, 1, case.dim)).astype(case.dtype)
+    query = rng.standard_normal((queries, 1, case.dim)).astype(case.dtype)
     query[1] *= np.zeros((), case.dtype)
     ours, expected = (case.quantizer(backend=name) for name in ("cpu", "reference"))
     packed, norms = ours.encode(x)
     scores = ours.inner_products(query, packed, norms)
     exact = expected.inner_products(query, packed, norms)
     length = np.linalg.norm(query.astype(np.float64), axis=-1)[:, :, None, None] * norms
-    assert scores.shape == (3, 1, 2, 150)
+    assert scores.shape == (queries, 1, 2, 150)
     assert (np.abs(scores - exact) <= 2e-6 * math.sqrt(1.5) * length).all()
 
 
@@ -304,7 +305,7 @@ def test_inner_products_of_huge_and_tiny_vectors() -> None:
 def test_inner_products_decode_no_more_than_tiles() -> None:
     tq = TurboQuant(head_dim=128, bits=4, backend="cpu")
     packed, norms = np.zeros((60_000, 64), np.uint8), np.ones(60_000, np.float32)
-    query, scores = np.ones((1, 128), np.float32), np.empty((1, 60_000), np.float32)
+    query, scores = np.ones((3, 128), np.float32), np.empty((3, 60_000), np.float32)
     tq.inner_products(query, packed, norms, out=scores)
     tracemalloc.start()
     try:

@@ -6,7 +6,8 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cached_property
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -37,6 +38,11 @@ class Constants:
     signs: npt.NDArray[np.int32]  # [steps + 1, dim + width] masks
     rounds: int
     cells: int
+
+    @cached_property
+    def addresses(self) -> dict[str, int]:
+        """Of the arrays, by name; asking NumPy takes a microsecond for each."""
+        return {name: address(getattr(self, name)) for name in ("encode", "decode", "signs")}
 
 
 _constants: WeakKeyDictionary[CodecSpec, Constants] = WeakKeyDictionary()
@@ -71,22 +77,24 @@ def address(array: npt.NDArray[Any]) -> int:
     return cast(int, array.__array_interface__["data"][0])
 
 
-def scratch(dim: int) -> npt.NDArray[np.float32]:
-    """This thread's scratch rows for vectors of one length, zero behind the row."""
-    rows: dict[int, npt.NDArray[np.float32]] = _thread.__dict__.setdefault("scratch", {})
-    if dim not in rows:
-        rows[dim] = np.zeros(scratch_floats(dim, target().width), np.float32)
-    return rows[dim]
+def scratch(dim: int) -> int:
+    """Address of this thread's scratch rows for vectors of one length, zero behind the row."""
+    known: dict[int, tuple[int, Any]] = _thread.__dict__.setdefault("scratch", {})
+    if dim not in known:
+        rows = np.zeros(scratch_floats(dim, target().width), np.float32)
+        known[dim] = (address(rows), rows)
+    return known[dim][0]
 
 
 def launch(
     kernel: Kernel,
     spec: CodecSpec,
-    tables: npt.NDArray[np.float32],
+    tables: Literal["encode", "decode"],
     source: npt.NDArray[Any],
     result: npt.NDArray[Any],
     scales: npt.NDArray[np.float32] | None,
     *,
+    signs: int | None = None,
     parameter: int | None = None,
     exponents: npt.NDArray[np.int32] | None = None,
 ) -> None:
@@ -102,7 +110,8 @@ def launch(
     pitch, result_pitch = source.strides[0], result.strides[0]
     at_scales = 0 if scales is None else address(scales)
     at_exponents = 0 if exponents is None else address(exponents)
-    at_tables, at_signs = address(tables), address(constants.signs)
+    at_tables = constants.addresses[tables]
+    at_signs = constants.addresses["signs"] if signs is None else signs
     number = constants.rounds if parameter is None else parameter
 
     def run(start: int, stop: int) -> None:
@@ -115,7 +124,7 @@ def launch(
             at_tables,
             at_signs,
             number,
-            address(scratch(spec.head_dim)),
+            scratch(spec.head_dim),
             at_exponents + 8 * start,
         )
         check_status(status)
@@ -177,18 +186,18 @@ def encode_rows(
         settings.update(bits=8, cells=0)
     if not isinstance(spec.rotation, DenseRotation):
         kernel = compiled(Plan("encode", dtype=rows.dtype.name, **settings))
-        launch(kernel, spec, constants.encode, rows, result, scales)
+        launch(kernel, spec, "encode", rows, result, scales)
         return
     fix = compiled(Plan("fix", spec.head_dim, dtype=rows.dtype.name))
     finish = compiled(Plan("encode_product", **settings))
     for part, fixed, product in _product_blocks(spec, len(rows)):
         exponents = np.empty((len(fixed), 2), np.int32)
-        launch(fix, spec, constants.encode, rows[part], fixed, scales[part], exponents=exponents)
+        launch(fix, spec, "encode", rows[part], fixed, scales[part], exponents=exponents)
         np.matmul(fixed, spec.rotation.fixed.T, out=product)
         launch(
             finish,
             spec,
-            constants.encode,
+            "encode",
             product,
             result[part],
             scales[part],
@@ -202,21 +211,20 @@ def decode(spec: CodecSpec, packed: Any, scales: Any, out: Any) -> None:
     rows = out.reshape(-1, spec.head_dim)
     if not len(rows):
         return
-    constants = constants_of(spec)
     if not isinstance(spec.rotation, DenseRotation):
         kernel = compiled(Plan("decode", spec.head_dim, spec.bits, out.dtype.name))
-        launch(kernel, spec, constants.decode, codes, rows, flat_scales)
+        launch(kernel, spec, "decode", codes, rows, flat_scales)
         return
     look_up = compiled(Plan("look_up", spec.head_dim, spec.bits, "float64"))
     finish = compiled(Plan("decode_product", spec.head_dim, dtype=out.dtype.name))
     factor = np.ldexp(spec.decode_gain, -CENTROID_FRACTION_BITS - MATRIX_FRACTION_BITS)
     for part, fixed, product in _product_blocks(spec, len(rows)):
-        launch(look_up, spec, constants.decode, codes[part], fixed, None)
+        launch(look_up, spec, "decode", codes[part], fixed, None)
         np.matmul(fixed, spec.rotation.fixed, out=product)
         launch(
             finish,
             spec,
-            constants.decode,
+            "decode",
             product,
             rows[part],
             flat_scales[part],

@@ -23,7 +23,7 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.extending import intrinsic
 
 from .attend_units import emit_attend, emit_merge
-from .decode import emit_decode, emit_look_up
+from .decode import emit_decode, emit_look_up, emit_score
 from .dense import emit_decode_product, emit_encode_product, emit_fix
 from .encode import emit_encode
 from .kernels import FLUSHES_SUBNORMALS, OK, Arguments, Plan, subnormals_survive
@@ -37,6 +37,7 @@ BODIES = {
     "encode_product": emit_encode_product,
     "decode": emit_decode,
     "look_up": emit_look_up,
+    "score": emit_score,
     "decode_product": emit_decode_product,
     "attend": emit_attend,
     "merge": emit_merge,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from numba.core import cgutils
+
 from .convert import ITEM_SIZE, store_floats
 from .encode import scratch_rows
 from .kernels import Arguments, Plan, each_group, each_register, rows_at_once, stays_in_registers
+from .normalize import fold, fold_lanes
 from .packing import GROUP, load_codes
 from .quantize import values_table
 from .rotate import RowRotation, rotate_registers
-from .simd import F32, Register, Simd, Table, Value
+from .simd import F32, I32, Register, Simd, Table, Value
 
 
 def emit_decode(s: Simd, plan: Plan, a: Arguments) -> None:
@@ -35,6 +38,31 @@ def emit_look_up(s: Simd, plan: Plan, a: Arguments) -> None:
                 store_floats(s, plan.dtype, x, target, offset, valid)
 
         _each_values(s, plan, table, s.at(a.source, s.b.mul(i, a.source_pitch)), write)
+
+
+def emit_score(s: Simd, plan: Plan, a: Arguments) -> None:
+    """Packed codes and scales -> inner products with one query, float32 [rows].
+
+    `signs` is the address of the query's coordinates z with zeros behind them, `parameter` holds
+    the bits of the float32 that all scores are multiplied with.
+    """
+    b = s.b
+    table = values_table(s, a.tables, plan.bits)
+    factor = b.bitcast(b.trunc(a.parameter, I32), F32)
+    sums = [cgutils.alloca_once(b, s.floats) for _ in range(GROUP)]
+    with s.loop(a.rows) as i:
+        for place in sums:
+            b.store(s.const_f(0.0), place)
+
+        def add(element: Value, values: list[Register], count: int) -> None:
+            for k, x in enumerate(values):
+                z = s.load(s.floats, a.signs, s.times(s.at(element, k * s.width), 4))
+                b.store(s.multiply_add(x, z, b.load(sums[k])), sums[k])
+
+        _each_values(s, plan, table, s.at(a.source, b.mul(i, a.source_pitch)), add)
+        total = fold_lanes(s, fold(s, [b.load(place) for place in sums]))
+        scale = s.load(F32, a.scales, s.times(i, 4))
+        s.store(b.fmul(b.fmul(total, factor), scale), a.target, s.times(i, 4))
 
 
 def _each_values(s: Simd, plan: Plan, table: Table, source: Value, write: object) -> None:

@@ -24,8 +24,8 @@ class Plan:
 
     Attributes
     ----------
-    kind : {"encode", "fix", "encode_product", "decode", "look_up", "decode_product", "attend",
-        "merge"}
+    kind : {"encode", "fix", "encode_product", "decode", "look_up", "score", "decode_product",
+        "attend", "merge"}
     dim, bits : int
     dtype : str
         Element type of the vectors on the side that is not codes.

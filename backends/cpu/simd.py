@@ -192,7 +192,7 @@ class Simd:
         return self.b.call(cgutils.get_or_insert_function(self.b.module, function, name), args)
 
     def multiply_add(self, a: Register, b: Register, c: Register) -> Register:
-        """a * b + c, rounded once or twice: only for uses where both give the same bits."""
+        """a * b + c, rounded once or twice: where both give the same bits, or bits are free."""
         if self.target.has_fma:
             return self.call(f"llvm.fma.v{self.width}f32", a.type, a, b, c)
         return self.b.fadd(self.b.fmul(a, b), c)
