@@ -54,7 +54,7 @@ def test_every_setting_is_documented() -> None:
         assert f"\n{field.name} : " in text
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_backends_have_every_member_of_the_contract(name: str) -> None:
     backend = load(name)
     assert load(name) is backend
