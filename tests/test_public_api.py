@@ -16,8 +16,15 @@ import turboquant_np
 from turboquant_np import TurboQuantConfig
 from turboquant_np._backend import BUILT_IN, Backend, load
 
-# Modules of other people's packages that an optional module of ours is for.
-OPTIONAL = {"dask": "dask", "numcodecs": "numcodecs", "zarr": "zarr", "safetensors": "safetensors"}
+# Modules of ours that need a package which only an extra installs.
+OPTIONAL = {
+    "turboquant_np.bench.plot": "matplotlib",
+    "turboquant_np.commands.demo_plot": "matplotlib",
+    "turboquant_np.dask": "dask",
+    "turboquant_np.numcodecs": "numcodecs",
+    "turboquant_np.safetensors": "safetensors",
+    "turboquant_np.zarr": "zarr",
+}
 
 
 def public_modules() -> list[str]:
@@ -25,7 +32,7 @@ def public_modules() -> list[str]:
     found = ["turboquant_np"]
     for module in pkgutil.walk_packages(turboquant_np.__path__, "turboquant_np."):
         parts = module.name.split(".")
-        needs = OPTIONAL.get(parts[1], "numpy")
+        needs = OPTIONAL.get(module.name, "numpy")
         if not any(part.startswith("_") for part in parts) and find_spec(needs) is not None:
             found.append(module.name)
     return [name for name in found if not name.startswith("turboquant_np.backends")]
