@@ -6,7 +6,7 @@ has them and else by integer arithmetic; bfloat16 is the upper half of float32.
 
 from __future__ import annotations
 
-from .simd import F32, F64, HALF, I16, I32, Offset, Register, Simd, Value, vector
+from .simd import F32, F64, HALF, I16, Offset, Register, Simd, Value, vector
 
 ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _STORED = {"float16": I16, "bfloat16": I16, "float32": F32, "float64": F64}
@@ -83,6 +83,3 @@ def _float_to_bfloat(s: Simd, value: Register) -> Register:
     nan = b.fcmp_unordered("uno", value, value)
     sign = b.lshr(b.and_(bits, s.const_i(-(2**31))), s.const_i(16))
     return b.select(nan, b.or_(sign, s.const_i(0x7FC0)), rounded)
-
-
-__all__ = ["I32", "ITEM_SIZE", "load_floats", "store_floats"]

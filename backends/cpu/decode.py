@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from numba.core import cgutils
 
 from .convert import ITEM_SIZE, store_floats
@@ -12,6 +14,8 @@ from .packing import GROUP, load_codes
 from .quantize import values_table
 from .rotate import RowRotation, rotate_registers
 from .simd import F32, I32, Register, Simd, Table, Value
+
+Write = Callable[[Value, list[Register], int], None]  # (first element, registers, count)
 
 
 def emit_decode(s: Simd, plan: Plan, a: Arguments) -> None:
@@ -65,9 +69,8 @@ def emit_score(s: Simd, plan: Plan, a: Arguments) -> None:
         s.store(b.fmul(b.fmul(total, factor), scale), a.target, s.times(i, 4))
 
 
-def _each_values(s: Simd, plan: Plan, table: Table, source: Value, write: object) -> None:
+def _each_values(s: Simd, plan: Plan, table: Table, source: Value, write: Write) -> None:
     """write(first element, registers of values, count) for every group of a packed row."""
-    assert callable(write)
     group_bytes = GROUP * s.width * plan.bits // 8
 
     def group(number: Value, element: Value, count: int) -> None:

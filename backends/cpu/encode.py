@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llvmlite import ir
 
 from .convert import ITEM_SIZE, load_floats
@@ -152,16 +154,23 @@ def scratch_rows(s: Simd, plan: Plan, a: Arguments) -> list[Value]:
     return [s.at(a.scratch, 4 * k * row_floats(plan.dim, s.width)) for k in range(4)]
 
 
-def load_row(s: Simd, plan: Plan, source: Value, row: Value, then: object = None) -> None:
-    """Convert a row of vectors into the scratch row, zeros behind it in the last register."""
+def load_row(
+    s: Simd,
+    plan: Plan,
+    source: Value,
+    row: Value,
+    then: Callable[[Register, Value], Register] = lambda x, offset: x,
+) -> None:
+    """Convert a row of vectors into the scratch row, zeros behind it in the last register.
+
+    then : applied to each register and its byte offset.
+    """
     size = ITEM_SIZE[plan.dtype]
 
     def load(element: Value, count: int) -> None:
         x = load_floats(s, plan.dtype, source, s.times(element, size), count)
         offset = s.times(element, 4)
-        if callable(then):
-            x = then(x, offset)
-        s.store(s.keep_lanes(x, count), row, offset)
+        s.store(s.keep_lanes(then(x, offset), count), row, offset)
 
     each_register(s, plan.dim, load)
 

@@ -82,6 +82,3 @@ def load_codes(s: Simd, bits: int, address: Value, offset: Offset, count: int) -
         shift = s.const_i([16 - bits - p % 8 for p in position])
         registers.append(b.lshr(window, shift))
     return registers
-
-
-__all__ = ["GROUP", "I32", "load_codes", "packed_bytes", "store_codes"]

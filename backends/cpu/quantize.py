@@ -176,6 +176,3 @@ class Quantizer:
     def _exceeds(self, z: Register, bound: Register) -> Register:
         exceeds = self.s.b.fcmp_ordered(">", z, bound)
         return self.s.b.select(exceeds, self.one, self.s.const_i(0))
-
-
-__all__ = ["Quantizer", "cells_for", "header_value", "host_tables", "values_table"]
