@@ -209,7 +209,7 @@ def make_constants(spec: CodecSpec) -> dict[str, npt.NDArray[Any]]:
     """What the kernels need to know of a quantiser, in host memory."""
     gain = table_gain(spec.centroids)
     table = (spec.centroids * gain).astype(np.float16).astype(np.float32)
-    constants: dict[str, npt.NDArray[Any]] = {"centroids": table, "gain": np.float32(gain)}
+    constants: dict[str, npt.NDArray[Any]] = {"centroids": table, "gain": np.array(gain)}
     rotation = spec.rotation
     if isinstance(rotation, HadamardRotation):
         words = -(-spec.head_dim // 32)

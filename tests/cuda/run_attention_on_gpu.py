@@ -82,15 +82,15 @@ class Problem:
         if settings["ragged"]:
             starts = np.concatenate([[0], np.cumsum(rng.integers(0, query_len + 1, num_seqs))])
             self.options["query_start_loc"] = starts.astype(integer)
-            shape_of_query = (int(starts[-1]), self.query_heads, d)
+            leading: tuple[int, ...] = (int(starts[-1]),)
         elif query_len > 1:
-            shape_of_query = (num_seqs, query_len, self.query_heads, d)
+            leading = (num_seqs, query_len)
         else:
-            shape_of_query = (num_seqs, self.query_heads, d)
+            leading = (num_seqs,)
         if settings["positions"]:
             positions = rng.integers(-3, lens + 40)
             self.options["query_positions"] = positions.astype(integer)
-        self.query = rng.standard_normal(shape_of_query, np.float32)
+        self.query = rng.standard_normal((*leading, self.query_heads, d), np.float32)
         self.dtype = settings["dtype"]
         if settings["sinks"]:
             self.options["sinks"] = rng.standard_normal(self.query_heads, np.float32)
@@ -148,7 +148,9 @@ def draw_variant(rng: np.random.Generator, pages: bool) -> dict[str, Any]:
             "head_major": head_major,
         }
     return {
-        "head_dim": int(rng.choice([32, 40, 64, 80, 96, 112, 128, 256, rng.integers(32, 257)])),
+        "head_dim": int(
+            rng.choice([32, 40, 64, 80, 96, 112, 128, 256, int(rng.integers(32, 257))])
+        ),
         "k_bits": int(rng.integers(1, 9)),
         "v_bits": int(rng.integers(1, 9)),
         "block_size": int(rng.choice([1, 2, 7, 16, 32, 100, 128, 256])),
@@ -288,11 +290,11 @@ class Step:
         self.bytes = batch * width * page_bytes
         self.sets = int(min(64, max(2, -(-pool_bytes // self.bytes))))
         num_blocks = batch * width * self.sets
-        shape = (num_blocks, kv_heads, page) if head_major else (num_blocks, page, kv_heads)
+        pages = (num_blocks, kv_heads, page) if head_major else (num_blocks, page, kv_heads)
         cache = []
         for q in self.quantizers:
-            packed = random.integers(0, 256, (*shape, q.packed_dim), dtype=np.uint8)
-            norms = random.random(shape, dtype=np.float32) + 0.5
+            packed = random.integers(0, 256, (*pages, q.packed_dim), dtype=np.uint8)
+            norms = random.random(pages, dtype=np.float32) + 0.5
             norms *= np.float32(head_dim**0.5)
             cache += [packed, norms]
         self.cache = [a.swapaxes(1, 2) if head_major else a for a in cache]
@@ -351,7 +353,7 @@ def graph_microseconds(steps: list[Callable[[], Any]], stream: Any, repeats: int
         stop.record(stream)
         stop.synchronize()
         times.append(cupy.cuda.get_elapsed_time(start, stop))
-    return statistics.median(times) / len(steps) * 1e3
+    return float(statistics.median(times)) / len(steps) * 1e3
 
 
 def run_all(launches: list[Callable[[], None]]) -> None:
@@ -378,7 +380,7 @@ def copy_bandwidth(stream: Any) -> float:
     """Bytes a second, read and written, of device-to-device copies of 2 GiB."""
     a = cupy.random.default_rng(0).random(1 << 29, dtype=np.float32)
     b = cupy.empty_like(a)
-    return 2 * a.nbytes / graph_microseconds([partial(cupy.copyto, b, a)] * 4, stream) * 1e6
+    return float(2 * a.nbytes) / graph_microseconds([partial(cupy.copyto, b, a)] * 4, stream) * 1e6
 
 
 def check_graph(stream: Any) -> bool:

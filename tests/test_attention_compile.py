@@ -1,0 +1,90 @@
+"""The attention kernels compile without a GPU, and those that decide the speed do not spill."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+import pytest
+
+from turboquant_np import TurboQuant
+from turboquant_np.backends.cuda.attention_plan import Layout, Plan, Shapes, make_plan
+
+nvrtc: Any = pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
+attention: Any = importlib.import_module("turboquant_np.backends.cuda.attention")
+
+KERNEL = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.DOTALL
+)
+WALK_BYTES = 192  # what attention_split may keep in memory between token ranges
+
+
+def plan_of(bits: tuple[int, int], head_dim: int, block_size: int, *, bulk_copies: bool) -> Plan:
+    """The plan of a decoding step over C-contiguous pages."""
+    k, v = (TurboQuant(head_dim=head_dim, bits=b)._spec for b in bits)
+    heads = 8
+
+    def layout(size: int) -> Layout:
+        return Layout(0, block_size * heads * size, heads * size, size)
+
+    shapes = Shapes(
+        num_tokens=4,
+        num_seqs=4,
+        query_len=1,
+        num_kv_heads=heads,
+        group=4,
+        max_blocks=64,
+        block_size=block_size,
+        soft_cap=False,
+        k_layout=layout(k.packed_dim),
+        v_layout=layout(v.packed_dim),
+        kn_layout=layout(4),
+        vn_layout=layout(4),
+    )
+    return make_plan(k, v, shapes, num_sms=132, bulk_copies=bulk_copies, dense=False)
+
+
+def spills_and_registers(plan: Plan, arch: int) -> dict[str, tuple[int, int]]:
+    """Compile a plan's kernels; {kernel: (bytes spilled, registers)}."""
+    arguments = attention.argument_dtype()
+    last = arguments.names[-1]
+    source = attention.step_source(plan.source, plan.macros) + (
+        f"static_assert(sizeof(Args) == {arguments.itemsize});"
+        f"static_assert(__builtin_offsetof(Args, {last}) == {arguments.fields[last][1]});"
+    )
+    try:
+        program = nvrtc.createProgram(source, plan.source, [], [])
+    except (ImportError, RuntimeError, OSError) as error:
+        pytest.skip(f"no NVRTC: {error}")
+    options = [f"-arch=sm_{arch}", "-std=c++17", "-ftz=true", "--ptxas-options=-v"]
+    try:
+        nvrtc.compileProgram(program, options)
+    except nvrtc.NVRTCError:
+        pytest.fail(nvrtc.getProgramLog(program))
+    log = nvrtc.getProgramLog(program)
+    return {name: (int(spill), int(used)) for name, spill, used in KERNEL.findall(log)}
+
+
+@pytest.mark.parametrize(
+    ("bits", "arch"), [((2, 2), 90), ((3, 3), 90), ((4, 4), 90), ((8, 8), 90), ((4, 2), 90)]
+)
+def test_pages_kernel_does_not_spill(bits: tuple[int, int], arch: int) -> None:
+    plan = plan_of(bits, 128, 16, bulk_copies=True)
+    assert plan.kernel == "attention_pages"
+    spill, registers = spills_and_registers(plan, arch)["attention_pages"]
+    assert spill == 0
+    assert registers * plan.threads <= 65536
+
+
+@pytest.mark.parametrize(
+    ("bits", "head_dim", "block_size", "arch"),
+    [((4, 4), 128, 16, 90), ((1, 7), 80, 1, 80), ((5, 6), 33, 100, 100)],
+)
+def test_split_kernel_compiles(
+    bits: tuple[int, int], head_dim: int, block_size: int, arch: int
+) -> None:
+    plan = plan_of(bits, head_dim, block_size, bulk_copies=False)
+    used = spills_and_registers(plan, arch)
+    assert used.keys() == {f"attention_{name}" for name in ("query", "dense", "split", "merge")}
+    assert used["attention_split"][0] <= WALK_BYTES

@@ -1,0 +1,177 @@
+"""How an attention step on a GPU is cut up; nothing here needs a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turboquant_np import TurboQuant
+from turboquant_np.backends.cuda import attention_plan
+from turboquant_np.backends.cuda.attention_plan import Layout, Plan, Shapes, make_plan
+
+attention: Any = importlib.import_module("turboquant_np.backends.cuda.attention")
+
+SMS = 132
+
+
+def layout(order: str, block_size: int, heads: int, size: int, address: int = 4096) -> Layout:
+    if order == "token":
+        return Layout(address, block_size * heads * size, heads * size, size)
+    return Layout(address, block_size * heads * size, size, block_size * size)
+
+
+def shapes(k: Any, v: Any, *, order: str = "head", address: int = 4096, **changes: Any) -> Shapes:
+    """A decoding step of 4 sequences unless changed."""
+    numbers: dict[str, Any] = {
+        "num_tokens": 4,
+        "num_seqs": 4,
+        "query_len": 1,
+        "num_kv_heads": 8,
+        "group": 4,
+        "max_blocks": 64,
+        "block_size": 16,
+        "soft_cap": False,
+        **changes,
+    }
+    block, heads = numbers["block_size"], numbers["num_kv_heads"]
+    sizes = {"k": k.packed_dim, "v": v.packed_dim, "kn": 4, "vn": 4}
+    layouts = {
+        f"{name}_layout": layout(order, block, heads, size, address) for name, size in sizes.items()
+    }
+    return Shapes(**numbers, **layouts)
+
+
+def specs(bits: tuple[int, int] = (4, 4), head_dim: int = 128) -> tuple[Any, Any]:
+    k, v = (TurboQuant(head_dim=head_dim, bits=b)._spec for b in bits)
+    return k, v
+
+
+def plan(k: Any, v: Any, s: Shapes, *, bulk_copies: bool = True) -> Plan:
+    return make_plan(k, v, s, SMS, bulk_copies, dense=False)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bits", "head_dim", "changes"),
+    [
+        ("pages", (4, 4), 128, {}),
+        ("pages", (8, 2), 128, {}),
+        ("pages", (3, 3), 128, {"order": "token"}),
+        ("pages", (3, 3), 128, {"order": "token", "block_size": 64}),
+        ("pages", (4, 4), 128, {"num_kv_heads": 16, "group": 1}),
+        ("pages", (4, 4), 128, {"num_kv_heads": 1, "group": 8}),
+        ("split", (4, 4), 128, {"block_size": 32}),  # heads of a page are 1 KB apart
+        ("split", (4, 4), 128, {"num_kv_heads": 16, "order": "token"}),
+        ("split", (4, 4), 128, {"num_kv_heads": 3}),
+        ("split", (4, 4), 128, {"block_size": 8, "order": "token"}),
+        ("split", (5, 4), 128, {}),
+        ("split", (4, 4), 64, {}),
+        ("split", (4, 4), 128, {"soft_cap": True}),
+        ("split", (4, 4), 128, {"address": 4097}),
+        ("split", (4, 4), 128, {"query_len": 8, "num_tokens": 32}),
+        ("split", (4, 4), 128, {"query_len": 0, "num_tokens": 64}),
+    ],
+)
+def test_which_kernel_runs(
+    kernel: str, bits: tuple[int, int], head_dim: int, changes: dict[str, Any]
+) -> None:
+    k, v = specs(bits, head_dim)
+    assert plan(k, v, shapes(k, v, **changes)).kernel == f"attention_{kernel}"
+
+
+def test_the_pages_kernel_only_on_devices_it_is_written_for() -> None:
+    k, v = specs()
+    assert plan(k, v, shapes(k, v), bulk_copies=False).kernel == "attention_split"
+
+
+@given(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=12),
+    st.integers(1, 9),
+    st.sampled_from([1, 3, 8, 20]),
+    st.booleans(),
+)
+def test_parts_have_slots_of_their_own(
+    lens: list[int], query_len: int, group: int, bulk_copies: bool
+) -> None:
+    """Cut the list of units as the kernels do, and look at the slots that are written."""
+    k, v = specs()
+    s = shapes(
+        k,
+        v,
+        num_seqs=len(lens),
+        num_tokens=len(lens) * query_len,
+        query_len=query_len,
+        group=group,
+        max_blocks=188,
+    )
+    p = plan(k, v, s, bulk_copies=bulk_copies)
+    tiles = math.ceil(query_len * group / p.tile_rows)
+    items = [math.ceil(n / p.macros["UNIT"]) for n in lens for _ in range(tiles)]
+    owner = np.repeat(np.arange(len(items)), items)  # item of each unit
+    ranges = min(p.grid[0], len(owner))
+    edges = [len(owner) * r // ranges for r in range(ranges + 1)] if ranges else [0]
+    slots = [
+        r + int(item) for r in range(ranges) for item in np.unique(owner[edges[r] : edges[r + 1]])
+    ]
+    assert len(set(slots)) == len(slots)
+    assert max(slots, default=0) < p.slots
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(32, 256), st.integers(0, 64))
+def test_loads_are_aligned_and_cover_the_vector(
+    k_bits: int, v_bits: int, head_dim: int, address: int
+) -> None:
+    for spec, lanes in zip(specs((k_bits, v_bits), head_dim), (4, 8), strict=True):
+        run = attention_plan.run_bytes(spec, lanes)
+        assert run * lanes >= spec.packed_dim
+        width = attention_plan.load_width(run, spec.packed_dim, address, 3 * spec.packed_dim)
+        assert width in (1, 2, 4, 8, 16)
+        for number in (run, spec.packed_dim, address):
+            assert number % width == 0
+
+
+@pytest.mark.parametrize(("bits", "group"), [(2, 4), (3, 4), (4, 4), (4, 8), (8, 8)])
+def test_scratch_is_small_at_long_context(bits: int, group: int) -> None:
+    k, v = specs((bits, bits))
+    blocks = 131072 // 16
+    s = shapes(k, v, num_seqs=1, num_tokens=1, group=group, max_blocks=blocks)
+    cache = blocks * 16 * 8 * 2 * (k.packed_dim + 4)
+    for bulk_copies in (False, True):
+        assert plan(k, v, s, bulk_copies=bulk_copies).scratch_bytes < 0.02 * cache
+
+
+def test_scratch_parts_do_not_overlap() -> None:
+    k, v = specs((3, 5), 80)
+    p = make_plan(k, v, shapes(k, v), SMS, False, dense=True)
+    parts = sorted(p.scratch.values())
+    assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(parts))
+    assert all(offset % 16 == 0 for offset, _ in parts)
+    assert sum(parts[-1]) <= p.scratch_bytes
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_table_gain_helps_float16(bits: int) -> None:
+    centroids = TurboQuant(head_dim=128, bits=bits)._spec.centroids.astype(np.float64)
+
+    def loss(gain: float) -> float:
+        rounded = (centroids * gain).astype(np.float16).astype(np.float64) / gain
+        return float(np.sqrt(((rounded - centroids) ** 2).mean()))
+
+    gain = attention.table_gain(centroids.astype(np.float32))
+    assert 1 <= gain < 2
+    assert loss(gain) < loss(1.0) * (0.35 if bits <= 5 else 1)
+
+
+@pytest.mark.parametrize("head_dim", [33, 128])
+def test_signs_are_the_rotations(head_dim: int) -> None:
+    spec = TurboQuant(head_dim=head_dim, bits=4, seed=5)._spec
+    words = attention.make_constants(spec)["signs"]
+    negative = [[int(row[i // 32]) >> i % 32 & 1 for i in range(head_dim)] for row in words]
+    signs: Any = spec.rotation
+    np.testing.assert_array_equal(np.array(negative) == 1, signs.signs < 0)
