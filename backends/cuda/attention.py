@@ -35,10 +35,15 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
     valid while context_lens, block_tables and the contents of the cache change.  Scratch memory
     belongs to the current stream; replays of graphs captured on one stream must not overlap.
     """
+    import cupy
+
     if batch.query.size:
         with batch.query.device:
             for launch in prepare(key_spec, value_spec, batch):
                 launch()
+            if cupy.cuda.get_current_stream().is_capturing():
+                # The caller may hold neither: lse if it is not asked for, query if it is a copy.
+                _captured.append((batch.query, batch.lse))
 
 
 def prepare(
@@ -280,7 +285,7 @@ def _function(module: Any, name: str, shared_bytes: int) -> Any:
 
 
 _buffers: dict[tuple[int, int], Any] = {}
-_captured: list[Any] = []  # buffers that a graph may still write to
+_captured: list[Any] = []  # what a graph may still read or write
 
 
 def _scratch(device: int, stream: Any, size: int) -> Any:
