@@ -47,9 +47,9 @@ def encode_paged(
     value_quantizer : TurboQuant, optional
         By default the key quantiser.
     check : bool, default True
-        Check slots and values before and behind the work, which on a GPU waits for the result.  When
-        switched off, slots outside of the cache are skipped, of equal slots an arbitrary one is kept,
-        and vectors that are not finite get the scale NaN.
+        Check slots and values, which on a GPU waits for the result.  When switched off, slots
+        outside of the cache are skipped, of equal slots an arbitrary one is kept, and vectors that
+        are not finite get the scale NaN.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def encode_paged(
         If a dtype is wrong.
     ValueError
         If shapes, devices or strides do not fit; with `check`, if a slot is below -1, beyond the
-        cache or named twice, or a value is NaN or infinite (the cache is then partly written).
+        cache or named twice, or a value is NaN or infinite (the cache is then written in part).
     OverflowError
         With `check`, if a scale exceeds the largest float32.
 
@@ -98,8 +98,17 @@ def encode_paged(
     if check:
         _check_slots(slots, num_slots)
     backend = quantizers[0]._backend_for(vectors[0])
-    native = [_arrays.native(x) for x in vectors]
-    backend.encode_paged(*specs, *native, packed[0], norms[0], packed[1], norms[1], slots)
+    backend.encode_paged(
+        specs[0],
+        specs[1],
+        _arrays.native(vectors[0]),
+        _arrays.native(vectors[1]),
+        packed[0],
+        norms[0],
+        packed[1],
+        norms[1],
+        slots,
+    )
     if check:
         for i in range(2):
             _check_scales(backend, vectors[i], norms[i], slots)

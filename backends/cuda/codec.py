@@ -11,20 +11,17 @@ from turboquant_np.rotation import DenseRotation, HadamardRotation
 
 from . import dense
 from .blocks import block_launch
-from .compile import Kernel, kernel, max_shared_bytes
+from .compile import kernel, max_shared_bytes
 from .constants import constants
 from .launch import Target, dense_target, pair, side
 from .layout import (
-    LANES,
-    THREADS,
     TYPE_NAMES,
-    WARPS,
     Rows,
     block_factor,
-    decode_blocks,
+    decode_shape,
     decode_shared_bytes,
-    encode_blocks,
     encode_macros,
+    encode_shape,
     encode_shared_bytes,
     in_registers,
     rows_of,
@@ -47,47 +44,41 @@ def alignment_of(spec: CodecSpec, vectors: Any) -> int:
 
 def encode_rows(sides: list[tuple[CodecSpec, Rows, Target]]) -> None:
     """Encode one array, or keys and values: in one launch where they fit one kernel."""
+    if not _encode_in_registers(sides):
+        for spec, rows, target in sides:
+            if isinstance(spec.rotation, DenseRotation):
+                dense.encode(spec, rows, target)
+            elif len(sides) == 1 or not _encode_in_registers([(spec, rows, target)]):
+                _encode_any(spec, rows, target)
+
+
+def _encode_in_registers(sides: list[tuple[CodecSpec, Rows, Target]]) -> bool:
+    """Launch kernels/encode.cu if it takes all sides in one launch."""
+    specs = [spec for spec, _, _ in sides]
     dtypes = {rows.array.dtype for _, rows, _ in sides}
-    dims = {spec.head_dim for spec, _, _ in sides}
-    if len(dtypes) == len(dims) == 1 and all(in_registers(spec) for spec, _, _ in sides):
-        itemsize = dtypes.pop().itemsize
-        shared = max(encode_shared_bytes(spec, itemsize) for spec, _, _ in sides)
-        if shared <= max_shared_bytes():
-            _encode_in_registers(sides, shared)
-            return
-    for spec, rows, target in sides:
-        if isinstance(spec.rotation, DenseRotation):
-            dense.encode(spec, rows, target)
-        elif len(sides) > 1:
-            encode_rows([(spec, rows, target)])
-        else:
-            _encode_any(spec, rows, target)
-
-
-def _encode_in_registers(sides: list[tuple[CodecSpec, Rows, Target]], shared: int) -> None:
-    first, last = sides[0], sides[-1]
-    head_dim = first[0].head_dim
-    macros: dict[str, str | int] = {
-        "INPUT": TYPE_NAMES[first[1].array.dtype.name],
+    dims = {spec.head_dim for spec in specs}
+    if len(dtypes) > 1 or len(dims) > 1 or not all(map(in_registers, specs)):
+        return False
+    dtype, head_dim = dtypes.pop(), dims.pop()
+    corrected = any(spec.scale != "norm" for spec in specs)
+    shape = encode_shape(head_dim, dtype.itemsize, corrected)
+    shared = max(encode_shared_bytes(spec, dtype.itemsize, shape) for spec in specs)
+    if shared > max_shared_bytes():
+        return False
+    macros = {
+        "INPUT": TYPE_NAMES[dtype.name],
         "HEAD_DIM": head_dim,
-        "LANES": LANES[head_dim],
         "CONTIGUOUS": int(all(target.contiguous(rows) for _, rows, target in sides)),
-        "BLOCKS": encode_blocks(head_dim, any(spec.scale != "norm" for spec, _, _ in sides)),
+        **shape.macros,
     }
+    first, last = sides[0], sides[-1]
     for i, (spec, _, target) in enumerate((first, last)):
         macros |= encode_macros(spec, i, target.store_width(spec.packed_dim))
-    compiled = kernel("encode.cu", "encode", macros, THREADS, shared)
-    count = max(rows.count for _, rows, _ in sides)
-    compiled(
-        (_tile_blocks(compiled, count, head_dim, len(sides)), len(sides)),
-        (pair(side(*first), side(*last)),),
-    )
-
-
-def _tile_blocks(compiled: Kernel, rows: int, head_dim: int, sides: int = 1) -> int:
-    """Blocks that share `rows`: as many as run at once, or fewer."""
-    rows_a_block = WARPS * 32 // LANES[head_dim]
-    return min(-(-rows // rows_a_block), max(1, compiled.resident_blocks // sides))
+    compiled = kernel("encode.cu", "encode", macros, shape.threads, shared)
+    blocks = -(-max(rows.count for _, rows, _ in sides) // shape.rows)
+    grid = (min(blocks, max(1, compiled.resident_blocks // len(sides))), len(sides))
+    compiled(grid, (pair(side(*first, shape.lanes), side(*last, shape.lanes)),))
+    return True
 
 
 def _encode_any(spec: CodecSpec, rows: Rows, target: Target) -> None:
@@ -112,31 +103,34 @@ def decode(spec: CodecSpec, packed: Any, scales: Any, out: Any) -> None:
         if isinstance(spec.rotation, DenseRotation):
             dense.decode(spec, packed, scales, out)
             return
-        shared = decode_shared_bytes(spec, out.itemsize) if in_registers(spec) else 0
-        if not in_registers(spec) or shared > max_shared_bytes():
+        if not in_registers(spec):
             _decode_any(spec, packed, scales, out)
         elif out.data.ptr % 16:  # a view into other memory: rare enough for a second pass
             aligned = cupy.empty(out.shape, out.dtype)
-            _decode_in_registers(spec, packed, scales, aligned, shared)
+            decode(spec, packed, scales, aligned)
             out[...] = aligned
         else:
-            _decode_in_registers(spec, packed, scales, out, shared)
+            _decode_in_registers(spec, packed, scales, out)
 
 
-def _decode_in_registers(spec: CodecSpec, packed: Any, scales: Any, out: Any, shared: int) -> None:
+def _decode_in_registers(spec: CodecSpec, packed: Any, scales: Any, out: Any) -> None:
     assert isinstance(spec.rotation, HadamardRotation)
-    macros: dict[str, str | int] = {
+    shape = decode_shape(spec.head_dim, out.itemsize)
+    shared = decode_shared_bytes(spec, out.itemsize, shape)
+    if shared > max_shared_bytes():
+        _decode_any(spec, packed, scales, out)
+        return
+    macros = {
         "OUTPUT": TYPE_NAMES[out.dtype.name],
         "HEAD_DIM": spec.head_dim,
-        "LANES": LANES[spec.head_dim],
         "BITS": spec.bits,
         "LOAD": width_of(packed.data.ptr, spec.packed_dim),
-        "BLOCKS": decode_blocks(spec.head_dim),
+        **shape.macros,
     }
-    compiled = kernel("decode.cu", "decode", macros, THREADS, shared)
+    compiled = kernel("decode.cu", "decode", macros, shape.threads, shared)
     c = constants(spec)
     compiled(
-        (_tile_blocks(compiled, scales.size, spec.head_dim),),
+        (min(-(-scales.size // shape.rows), compiled.resident_blocks),),
         (
             packed,
             scales,

@@ -1,6 +1,6 @@
 """Kernels compiled when they are first needed, once a process, variant and device.
 
-CuPy compiles with NVRTC and keeps the result on disk ($CUPY_CACHE_DIR), so the next process loads it.
+CuPy compiles with NVRTC and keeps the result on disk ($CUPY_CACHE_DIR) for later processes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from .source import variant_source
@@ -53,12 +54,19 @@ def blocks_per_multiprocessor(
     return max(1, min(by_registers, by_memory, by_threads))
 
 
+@cache
+def attributes_of(device: int) -> dict[str, int]:
+    """Limits of a device, as CUDA calls them."""
+    import cupy
+
+    return dict(cupy.cuda.Device(device).attributes)
+
+
 def max_shared_bytes() -> int:
     """Shared memory that a block may ask for on the current device."""
     import cupy
 
-    limit: int = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
-    return limit
+    return attributes_of(cupy.cuda.runtime.getDevice())["MaxSharedMemoryPerBlockOptin"]
 
 
 def kernel(file: str, name: str, macros: Macros, threads: int, shared_bytes: int) -> Kernel:
@@ -89,7 +97,7 @@ def _compile(file: str, name: str, macros: Macros, threads: int, shared_bytes: i
     function = module.get_function(name)
     if shared_bytes > 48 * 1024:
         function.max_dynamic_shared_size_bytes = shared_bytes
-    attributes = cupy.cuda.Device().attributes
+    attributes = attributes_of(cupy.cuda.runtime.getDevice())
     resident = attributes["MultiProcessorCount"] * blocks_per_multiprocessor(
         attributes, function.num_regs, threads, shared_bytes
     )

@@ -11,7 +11,7 @@ from turboquant_np._spec import CodecSpec
 from turboquant_np.rotation import HadamardRotation
 
 from .constants import constants
-from .layout import Rows, block_factor, in_registers, width_of
+from .layout import Rows, block_factor, width_of
 
 SIDE = np.dtype(
     [
@@ -48,8 +48,9 @@ class Target:
     def contiguous(self, rows: Rows) -> bool:
         """Whether vectors follow each other, and codes and scales do."""
         row = rows.array.shape[-1] * rows.array.itemsize
-        follow = rows.inner_stride == row and rows.outer_stride in (0, rows.inner * row)
-        return follow and self.slots is None
+        inner = rows.inner_stride == row or rows.inner == 1
+        outer = rows.outer_stride == rows.inner * row or rows.count == rows.inner
+        return inner and outer and self.slots is None
 
     def store_width(self, row_bytes: int) -> int:
         """Bytes that one store of codes may write."""
@@ -64,8 +65,11 @@ def dense_target(spec: CodecSpec, rows: Rows, packed: Any, scales: Any) -> Targe
     )
 
 
-def side(spec: CodecSpec, rows: Rows, target: Target) -> Any:
-    """A `Side` as a 0-d structured array, which CuPy passes by value."""
+def side(spec: CodecSpec, rows: Rows, target: Target, lanes: int = 0) -> Any:
+    """A `Side` as a 0-d structured array, which CuPy passes by value.
+
+    `lanes` is that of kernels/encode.cu, 0 for other kernels.
+    """
     if rows.count >= 2**32 or target.num_slots >= 2**32:
         raise ValueError(
             f"one call takes fewer than 2**32 vectors and slots, got {rows.count} and "
@@ -73,7 +77,11 @@ def side(spec: CodecSpec, rows: Rows, target: Target) -> Any:
         )
     c = constants(spec)
     hadamard = spec.rotation if isinstance(spec.rotation, HadamardRotation) else None
-    bucketed = in_registers(spec) and spec.bits > 1
+    signs = None
+    if hadamard is not None:
+        pending = lanes and hadamard.is_power_of_two
+        signs = c.multipliers(lanes) if pending else c.signs
+    bucketed = lanes and spec.bits > 1
     values = (
         rows.array.data.ptr,
         rows.outer_stride,
@@ -85,7 +93,7 @@ def side(spec: CodecSpec, rows: Rows, target: Target) -> Any:
         target.slots.data.ptr if target.slots is not None else 0,
         target.num_slots,
         rows.count,
-        c.signs.data.ptr if hadamard else 0,
+        signs.data.ptr if signs is not None else 0,
         c.buckets.data.ptr if bucketed else 0,
         c.thresholds.data.ptr,
         c.centroids.data.ptr,

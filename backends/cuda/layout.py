@@ -9,10 +9,8 @@ from typing import Any
 from turboquant_np._spec import SCALE_KINDS, CodecSpec
 from turboquant_np.rotation import HadamardRotation
 
-WARPS = 4
-THREADS = 32 * WARPS
-# head_dim -> lanes that hold one vector in registers
-LANES = {64: 1, 80: 1, 96: 1, 112: 1, 128: 1, 192: 2, 256: 2}
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)  # those whose vectors kernels hold in registers
+CHUNK = 16  # consecutive coordinates in a lane, where two lanes hold a vector
 TYPE_NAMES = {
     "float16": "Half",
     "bfloat16": "BFloat16",
@@ -38,7 +36,7 @@ def block_factor(rotation: HadamardRotation) -> float:
 
 def in_registers(spec: CodecSpec) -> bool:
     """Whether the kernels that hold vectors in registers take `spec`."""
-    return isinstance(spec.rotation, HadamardRotation) and spec.head_dim in LANES
+    return isinstance(spec.rotation, HadamardRotation) and spec.head_dim in HEAD_DIMS
 
 
 def encode_macros(spec: CodecSpec, side: int, store: int) -> dict[str, str | int]:
@@ -47,35 +45,80 @@ def encode_macros(spec: CodecSpec, side: int, store: int) -> dict[str, str | int
     return {f"BITS_{side}": spec.bits, f"SCALE_{side}": scale, f"STORE_{side}": store}
 
 
-def encode_blocks(head_dim: int, corrected: bool) -> int:
-    """Blocks of `encode` that a multiprocessor should hold: as many as need no spilled registers."""
-    registers = head_dim // LANES[head_dim]
+@dataclass(frozen=True)
+class Shape:
+    """How the kernels that hold vectors in registers are cut.
+
+    Attributes
+    ----------
+    lanes : int
+        Lanes that hold one vector.
+    warps : int
+        Warps a block has.
+    blocks : int
+        Blocks a multiprocessor should hold; with `warps` it limits the registers of a thread.
+    """
+
+    lanes: int
+    warps: int
+    blocks: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def rows(self) -> int:
+        """Vectors that the warps of a block hold."""
+        return 32 // self.lanes * self.warps
+
+    @property
+    def macros(self) -> dict[str, str | int]:
+        return {"LANES": self.lanes, "WARPS": self.warps, "BLOCKS": self.blocks}
+
+
+def encode_shape(head_dim: int, itemsize: int, corrected: bool) -> Shape:
+    """As measured on an H100 (docs/benchmarks/cuda_codec.md), without spilled registers.
+
+    `corrected` says that a scale other than the norm is stored.
+    """
+    lanes = 1 if head_dim < 128 else 2
+    registers = head_dim // lanes
+    if corrected:
+        return Shape(lanes, warps=4, blocks=3 if registers <= 64 else 2)
     if registers <= 64:
-        return 4
-    return 2 if corrected else 3
+        return Shape(lanes, warps=8, blocks=2) if itemsize == 2 else Shape(lanes, 4, 4)
+    return Shape(lanes, warps=4, blocks=3)
 
 
-def decode_blocks(head_dim: int) -> int:
-    """As `encode_blocks`, for `decode`."""
-    return 4 if head_dim // LANES[head_dim] <= 64 else 3
+def decode_shape(head_dim: int, itemsize: int) -> Shape:
+    """As `encode_shape`, for the dtype of the output."""
+    lanes = 1 if head_dim < 128 else 2
+    return Shape(lanes, warps=4, blocks=4 if head_dim == 64 else 3)
 
 
-def encode_shared_bytes(spec: CodecSpec, itemsize: int) -> int:
+def encode_shared_bytes(spec: CodecSpec, itemsize: int, shape: Shape) -> int:
     """Dynamic shared memory of a block of kernels/encode.cu."""
     assert isinstance(spec.rotation, HadamardRotation)
+    d, lanes = spec.head_dim, shape.lanes
+    signs = multiplier_count(d, lanes) * lanes if spec.rotation.is_power_of_two else 2 * d
     tables = (16384 if spec.bits > 1 else 0) + (0 if spec.scale == "norm" else 1024)
-    rows = 32 // LANES[spec.head_dim]
-    tile = rows * (padded_row(spec.head_dim * itemsize) + padded_row(spec.packed_dim))
-    return tables + WARPS * tile + 4 * spec.head_dim * steps(spec.rotation)
+    row = padded_row(d * itemsize) + padded_row(spec.packed_dim)
+    return tables + shape.rows * row + 4 * signs * spec.rotation.rounds
 
 
-def decode_shared_bytes(spec: CodecSpec, itemsize: int) -> int:
+def multiplier_count(head_dim: int, lanes: int) -> int:
+    """As MULTIPLIERS of kernels/lanes.cuh."""
+    registers = head_dim // lanes
+    return -(-(registers + (registers // CHUNK if lanes == 2 else 0)) // 4) * 4
+
+
+def decode_shared_bytes(spec: CodecSpec, itemsize: int, shape: Shape) -> int:
     """Dynamic shared memory of a block of kernels/decode.cu."""
     assert isinstance(spec.rotation, HadamardRotation)
-    rows = 32 // LANES[spec.head_dim]
-    tile = rows * (padded_row(spec.packed_dim) + padded_row(spec.head_dim * itemsize))
+    row = padded_row(spec.packed_dim) + padded_row(spec.head_dim * itemsize)
     signs = 4 * spec.head_dim * steps(spec.rotation)
-    return lookup_bytes(spec.bits) + WARPS * tile + signs
+    return lookup_bytes(spec.bits) + shape.rows * row + signs
 
 
 def lookup_bytes(bits: int) -> int:
@@ -114,8 +157,8 @@ class Rows:
 def rows_of(array: Any, alignment: int, *, merge: bool = True) -> Rows:
     """The vectors of the last axis by two strides; a copy where two do not do.
 
-    Two do after merging neighbouring axes, if the last axis is contiguous and every vector starts at
-    a multiple of `alignment` bytes.  Without `merge` the two axes of a [n, m, d] array stay apart.
+    Two do after merging neighbouring axes, if the last axis is contiguous and every vector starts
+    at a multiple of `alignment` bytes.  Without `merge`, the axes of [n, m, d] stay apart.
     """
     found = _two_strides(array, alignment, merge)
     if found is None:

@@ -141,14 +141,14 @@ def milliseconds(call: Callable[[], Any], repeats: int = 15) -> float:
         stop.record()
         stop.synchronize()
         times.append(cupy.cuda.get_elapsed_time(start, stop))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of a device-to-device copy of 1 GiB."""
     a = cupy.random.default_rng(0).integers(0, 255, 1 << 30, dtype=np.uint8)
     b = cupy.empty_like(a)
-    return 2 * a.nbytes / milliseconds(lambda: cupy.copyto(b, a)) * 1e3
+    return float(2 * a.nbytes / milliseconds(lambda: cupy.copyto(b, a)) * 1e3)
 
 
 def time_codec(copy: float, n: int, dtype: Any = np.float16, **settings: Any) -> dict[str, Any]:

@@ -2,19 +2,14 @@
 // to shared memory, lookup, inverse rotation and scale in registers, rows out through shared memory.
 // While a tile is computed the next one is on its way.
 //
-// Macros: OUTPUT, HEAD_DIM, LANES, BITS; LOAD, width in bytes of a load of codes; BLOCKS an SM should
-// hold.
+// Macros: OUTPUT, HEAD_DIM, LANES, BITS; LOAD, width in bytes of a load of codes; WARPS and
+// BLOCKS as in encode.cu.
 
 #include "convert.cuh"
 #include "lookup.cuh"
 #include "pack.cuh"
 #include "rows.cuh"
 
-#ifndef WARPS
-#define WARPS 4
-#define SYNC 0
-#endif
-#define STEP(k) if (SYNC & k) __syncthreads()
 using L = Layout<HEAD_DIM, LANES>;
 constexpr int IN_BYTES = (L::D * BITS + 7) / 8, OUT_BYTES = L::D * sizeof(OUTPUT);
 constexpr int IN_TILE = L::ROWS * padded_row(IN_BYTES), OUT_TILE = L::ROWS * padded_row(OUT_BYTES);
@@ -42,23 +37,19 @@ decode(const u8* __restrict__ packed, const float* __restrict__ scales, u8* __re
   fetch(first);
 #pragma unroll 1
   for (i64 base = i64(blockIdx.x) * WARPS * L::ROWS; base < rows; base += stride, first += stride) {
-    STEP(1);
     const i64 v = first + lane / L::T;
     const float scale = v < rows ? scales[v] : 0.0f;
     wait_for_copies();
     CodeStream<BITS, L::COUNT> codes;
     codes.template load<L>(in_tile + lane / L::T * padded_row(IN_BYTES), t);
     __syncwarp();
-    STEP(2);
     fetch(first + stride);
 
     float x[L::COUNT];
 #pragma unroll
     for (int j = 0; j < L::COUNT; j += Table::GROUP) Table::get(shared, codes.get(j, Table::GROUP), x + j);
-    STEP(4);
     rotate_back<L>(x, signs + L::CHUNK * t, rounds, block_factor, scale, t);
 
-    STEP(8);
     u8* row = out_tile + lane / L::T * padded_row(OUT_BYTES);
     constexpr int PER = PER_16_BYTES<OUTPUT>;
 #pragma unroll

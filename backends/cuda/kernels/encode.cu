@@ -5,18 +5,14 @@
 // One launch encodes one array (gridDim.y = 1) or keys and values (gridDim.y = 2).
 //
 // Macros: INPUT, HEAD_DIM, LANES; CONTIGUOUS, 1 if rows follow each other on both sides, without slots; BITS_0, SCALE_0, STORE_0 and BITS_1, SCALE_1, STORE_1 for the two
-// sides (STORE: width in bytes of a store of codes); BLOCKS an SM should hold.
+// sides (STORE: width in bytes of a store of codes); WARPS a block has; BLOCKS a multiprocessor should
+// hold.
 
 #include "convert.cuh"
 #include "pack.cuh"
 #include "rows.cuh"
 #include "side.cuh"
 
-#ifndef WARPS
-#define WARPS 4
-#define SYNC 0
-#endif
-#define STEP(k) if (SYNC & k) __syncthreads()
 enum Scale { NORM, MSE, UNBIASED };
 
 // The number of thresholds below z.  A table of buckets finds the only threshold that z can be near
@@ -64,8 +60,8 @@ template <class L, int BITS, int SCALE, int STORE> struct Encoder {
     u8* in_tile = shared + tables + (SCALE == NORM ? 0 : 1024) + warp * (IN_TILE + OUT_TILE);
     u8* out_tile = in_tile + IN_TILE;
     float* signs = reinterpret_cast<float*>(shared + tables + (SCALE == NORM ? 0 : 1024) + WARPS * (IN_TILE + OUT_TILE));
-    const int steps = L::IS_POWER_OF_TWO ? s.rounds : 2 * s.rounds;
-    for (int i = threadIdx.x; i < steps * L::D; i += 32 * WARPS) signs[i] = s.signs[i];
+    const int num_signs = s.rounds * (L::IS_POWER_OF_TWO ? L::T * MULTIPLIERS<L> : 2 * L::D);
+    for (int i = threadIdx.x; i < num_signs; i += 32 * WARPS) signs[i] = s.signs[i];
     if (SCALE != NORM) for (int i = threadIdx.x; i < 1 << BITS; i += 32 * WARPS) centroids[i] = s.centroids[i];
     Quantizer<BITS>::fill(shared, s);
     __syncthreads();
@@ -76,31 +72,27 @@ template <class L, int BITS, int SCALE, int STORE> struct Encoder {
     fetch(s, in_tile, first, lane);
 #pragma unroll 1
     for (i64 base = i64(blockIdx.x) * WARPS * L::ROWS; base < s.rows; base += stride, first += stride) {
-      STEP(1);
       wait_for_copies();
       float x[L::COUNT];
       read(x, in_tile + lane / L::T * padded_row(IN_BYTES), t);
       __syncwarp();
-      STEP(2);
       fetch(s, in_tile, first + stride, lane);
 
       float norm;
       int exponent = 0;
       bool finite;
       normalize(x, norm, exponent, finite);
-      const float factor = norm > 0.0f ? div(s.gain, norm) : 0.0f;
-      rotate<L>(x, signs + L::CHUNK * t, s.rounds, s.block_factor, t);
+      float factor = norm > 0.0f ? div(s.gain, norm) : 0.0f;
+      factor = mul(factor, rotate<L>(x, signs, s.rounds, s.block_factor, t));
 
       CodeStream<BITS, L::COUNT> codes;
       codes.clear();
-      STEP(4);
 #pragma unroll
       for (int j = 0; j < L::COUNT; j++) {
         const float z = mul(x[j], factor);
         if (SCALE != NORM) x[j] = z;
         codes.put(j, quantizer.code(z));
       }
-      STEP(8);
       if (!finite) codes.clear();
       codes.template store<L>(out_tile + lane / L::T * padded_row(OUT_BYTES), t);
 
@@ -142,7 +134,8 @@ template <class L, int BITS, int SCALE, int STORE> struct Encoder {
   }
 
   static DEVICE float sum_of_squares(const float (&x)[L::COUNT]) {
-    return fold_sum<L>([&](int j) { return mul(x[j], x[j]); });
+    const auto value = [&](int j) { return x[j]; };
+    return fold_sum<L>(product_of<NARROW>(value, value));  // squares of float16 are exact
   }
 
   // The norm of x; rows whose sum of squares is not safe are first multiplied by a power of two.
@@ -169,12 +162,10 @@ template <class L, int BITS, int SCALE, int STORE> struct Encoder {
   }
 
   static DEVICE float correct(const float (&z)[L::COUNT], const CodeStream<BITS, L::COUNT>& codes, const float* centroids, float norm) {
-    const float along = fold_sum<L>([&](int j) { return mul(z[j], centroids[codes.get(j)]); });
-    float ratio;
-    if (SCALE == MSE) {
-      const float energy = fold_sum<L>([&](int j) { const float c = centroids[codes.get(j)]; return mul(c, c); });
-      ratio = div(along, energy);
-    } else ratio = div(float(L::D), along);
+    const auto value = [&](int j) { return z[j]; };
+    const auto centroid = [&](int j) { return centroids[codes.get(j)]; };
+    const float along = fold_sum<L>(product_of(value, centroid));
+    const float ratio = SCALE == MSE ? div(along, fold_sum<L>(product_of(centroid, centroid))) : div(float(L::D), along);
     return norm == 0.0f ? 0.0f : mul(norm, ratio);
   }
 };

@@ -22,28 +22,46 @@ template <int DIM, int LANES_A_VECTOR> struct Layout {
   static constexpr DEVICE int coordinate(int j) { return T == 1 ? j : CHUNK * T * (j / CHUNK) + j % CHUNK; }
 };
 
-// Sum of value(j) over the coordinates, folded in halves: s[i] += s[i + size/2], then size/4, ...
-// Depth first, so that only a few partial sums are alive.
-template <int SIZE, int END, int COUNT, class F> DEVICE float fold_registers(F value, int i) {
-  if constexpr (SIZE >= END) return value(i);
+// Sum of product(j) over the coordinates, folded in halves: s[i] += s[i + size/2], then size/4, ...
+// Depth first, so that only a few partial sums are alive.  `product.add_to(sum, j)` adds one more; it
+// may fuse where the product is exact.
+template <int SIZE, int END, int COUNT, class P> DEVICE float fold_registers(P product, int i) {
+  if constexpr (SIZE >= END) return product(i);
   else {
-    const float low = fold_registers<2 * SIZE, END, COUNT>(value, i);
+    const float low = fold_registers<2 * SIZE, END, COUNT>(product, i);
     if (i + SIZE >= COUNT) return low;  // zero padding
-    return add(low, fold_registers<2 * SIZE, END, COUNT>(value, i + SIZE));
+    if constexpr (2 * SIZE >= END) return product.add_to(low, i + SIZE);
+    else return add(low, fold_registers<2 * SIZE, END, COUNT>(product, i + SIZE));
   }
 }
-template <class L, class F> DEVICE float fold_sum(F value) {
+
+// x[j] * y[j]; EXACT says that float32 holds every product.
+template <class X, class Y, bool EXACT = false> struct Product {
+  X x;
+  Y y;
+  DEVICE float operator()(int j) const { return mul(x(j), y(j)); }
+  DEVICE float add_to(float sum, int j) const { return EXACT ? fma_rn(x(j), y(j), sum) : add(sum, mul(x(j), y(j))); }
+};
+template <bool EXACT = false, class X, class Y> DEVICE Product<X, Y, EXACT> product_of(X x, Y y) { return {x, y}; }
+
+struct Values {
+  const float* values;
+  DEVICE float operator()(int i) const { return values[i]; }
+  DEVICE float add_to(float sum, int i) const { return add(sum, values[i]); }
+};
+
+template <class L, class P> DEVICE float fold_sum(P product) {
   constexpr int END = ceil_power_of_two(L::COUNT);
-  if constexpr (L::T == 1) return fold_registers<1, END, L::COUNT>(value, 0);
+  if constexpr (L::T == 1) return fold_registers<1, END, L::COUNT>(product, 0);
   else {
-    float part[L::CHUNK];
+    float s[L::CHUNK];
 #pragma unroll
     for (int i = 0; i < L::CHUNK; i++) {
-      part[i] = fold_registers<L::CHUNK, END, L::COUNT>(value, i);
+      s[i] = fold_registers<L::CHUNK, END, L::COUNT>(product, i);
 #pragma unroll
-      for (int s = L::T / 2; s > 0; s /= 2) part[i] = add(part[i], __shfl_xor_sync(~0u, part[i], s));
+      for (int other = L::T / 2; other > 0; other /= 2) s[i] = add(s[i], __shfl_xor_sync(~0u, s[i], other));
     }
-    return fold_registers<1, L::CHUNK, L::CHUNK>([&](int i) { return part[i]; }, 0);
+    return fold_registers<1, L::CHUNK, L::CHUNK>(Values{s}, 0);
   }
 }
 
@@ -107,14 +125,48 @@ template <class L> DEVICE void mix_halves(float (&x)[L::COUNT]) {
   }
 }
 
-// The rotation times its growth.  `signs` points at this lane's first coordinate: [steps, HEAD_DIM].
-template <class L> DEVICE void rotate(float (&x)[L::COUNT], const float* signs, int rounds, float block_factor, int t) {
+// One round of signs and transform where the signs are left behind: the butterflies of a stage are
+// a + r b and a - r b with r = +-1 the product of the signs pending on a and b, and the sign of a stays
+// pending on both.  All that costs no operation; `multipliers` holds the r of every stage in the order
+// of use, and the host, which knows the signs, has worked out what is pending (constants.py).
+template <class L> DEVICE void signed_transform(float (&x)[L::COUNT], const float* multipliers) {
+  const auto multiplier = [&](int k) {
+    const float4 q = reinterpret_cast<const float4*>(multipliers)[k / 4];
+    return k % 4 == 0 ? q.x : k % 4 == 1 ? q.y : k % 4 == 2 ? q.z : q.w;
+  };
+  constexpr int CHUNKS = L::T == 2 ? L::COUNT / L::CHUNK : 0;
+#pragma unroll
+  for (int h = 1; h < L::COUNT; h *= 2) {
+    const int used = L::COUNT - L::COUNT / h + (h >= L::CHUNK ? CHUNKS : 0);  // by the stages before
+    if (L::T == 2 && h == L::CHUNK) {  // the other lane's sign stays pending; lane 1 gets -r
+#pragma unroll
+      for (int i = 0; i < L::COUNT; i++)
+        x[i] = fma_rn(x[i], multiplier(used - CHUNKS + i / L::CHUNK), __shfl_xor_sync(~0u, x[i], 1));
+    }
+#pragma unroll
+    for (int i = 0; i < L::COUNT; i++) {
+      if (i & h) continue;
+      const float a = x[i], b = x[i + h], r = multiplier(used + i / (2 * h));
+      x[i] = fma_rn(b, r, a);
+      x[i + h] = fma_rn(b, -r, a);
+    }
+  }
+}
+// Floats of `multipliers` for one lane and round; the last one is the sign pending at the end.
+template <class L> constexpr int MULTIPLIERS = (L::COUNT + (L::T == 2 ? L::COUNT / L::CHUNK : 0) + 3) / 4 * 4;
+
+// The rotation times its growth, for encoding.  `signs`: [rounds, T, MULTIPLIERS] for a power of two,
+// and the result is to be multiplied by what is returned; else [steps, D].
+template <class L> DEVICE float rotate(float (&x)[L::COUNT], const float* signs, int rounds, float block_factor, int t) {
+  if constexpr (L::IS_POWER_OF_TWO) {
+    const float* multipliers = signs + t * MULTIPLIERS<L>;
 #pragma unroll 1
-  for (int r = 0; r < rounds; r++) {
-    if constexpr (L::IS_POWER_OF_TWO) {
-      flip_and_pair<L, 0, L::COUNT>(x, signs + r * L::D);
-      transform<L, 0, L::COUNT, 2>(x, t);
-    } else {
+    for (int r = 0; r < rounds; r++, multipliers += L::T * MULTIPLIERS<L>) signed_transform<L>(x, multipliers);
+    return multipliers[-(L::T - 1) * MULTIPLIERS<L> - 1];
+  } else {
+    signs += L::CHUNK * t;
+#pragma unroll 1
+    for (int r = 0; r < rounds; r++) {
       flip_and_pair<L, 0, L::COUNT - L::TAIL>(x, signs + 2 * r * L::D);
       transform<L, 0, L::COUNT - L::TAIL, 2>(x, t);
       normalize_block<L, 0, L::COUNT - L::TAIL>(x, block_factor);
@@ -124,6 +176,7 @@ template <class L> DEVICE void rotate(float (&x)[L::COUNT], const float* signs, 
       normalize_block<L, L::TAIL, L::COUNT>(x, block_factor);
       mix_halves<L>(x);
     }
+    return 1.0f;
   }
 }
 

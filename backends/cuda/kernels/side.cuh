@@ -14,7 +14,7 @@ struct Side {
   const void* slots;  // [rows / inner] int32 or int64, or null: row group i goes to slot i
   i64 num_slots;  // below 2**32
   i64 rows;       // below 2**32
-  const float* signs;  // [steps, head_dim]
+  const float* signs;  // [steps, head_dim]; encode.cu has another form for powers of two
   const uint2* buckets;
   const float* thresholds;
   const float* centroids;
