@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -39,11 +40,13 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
 
     if batch.query.size:
         with batch.query.device:
+            if batch.key_offset is not None:
+                batch = replace(batch, key_offset=cupy.ascontiguousarray(batch.key_offset))
             for launch in prepare(key_spec, value_spec, batch):
                 launch()
             if cupy.cuda.get_current_stream().is_capturing():
-                # The caller may hold neither: lse if it is not asked for, query if it is a copy.
-                _captured.append((batch.query, batch.lse))
+                # The caller need not hold them: lse may be unasked for, the others copies.
+                _captured.append((batch.query, batch.key_offset, batch.lse))
 
 
 def prepare(
