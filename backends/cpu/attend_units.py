@@ -7,6 +7,8 @@ side in memory.  Units never share results, so nothing depends on how they are s
 
 from __future__ import annotations
 
+from functools import partial
+
 from llvmlite import ir
 from numba.core import cgutils
 
@@ -22,7 +24,7 @@ from .attend import (
 )
 from .kernels import Arguments, Plan
 from .quantize import values_table
-from .simd import F32, I32, I64, Simd, Table, Value
+from .simd import F32, I32, I64, Simd, Value
 from .tile import TILE, look_up, registers_of
 
 # What all units of a call share, as int64: addresses, and strides in bytes.
@@ -76,29 +78,25 @@ class Scratch:
 
 def emit_attend(s: Simd, plan: Plan, a: Arguments) -> None:
     """a.rows units at a.target; a.source holds the call, a.signs the tables of the values."""
-    call = Fields(s, a.source, CALL)
-    keys = values_table(s, a.tables, plan.bits)
-    values = values_table(s, a.signs, plan.value_bits)
-    scratch = Scratch(s, plan.dim, a.scratch)
     with s.loop(a.rows) as u:
-        unit = Fields(s, s.at(a.target, s.times(u, 8 * len(UNIT))), UNIT)
-        _attend_unit(s, plan, call, unit, keys, values, scratch)
+        unit = s.at(a.target, s.times(u, 8 * len(UNIT)))
+        _attend_unit(s, plan, a, Fields(s, a.source, CALL), Fields(s, unit, UNIT))
 
 
-def _attend_unit(
-    s: Simd, plan: Plan, call: Fields, unit: Fields, keys: Table, values: Table, scratch: Scratch
-) -> None:
+def _attend_unit(s: Simd, plan: Plan, a: Arguments, call: Fields, unit: Fields) -> None:
     b = s.b
     start, stop, rows = unit["start"], unit["stop"], unit["rows"]
     place, heads = unit["place"], call["kv_heads"]
-    pitch = 4 * s.width * registers_of(plan.dim, s.width)
+    registers = registers_of(plan.dim, s.width)
+    pitch = 4 * s.width * registers
+    scratch = Scratch(s, plan.dim, a.scratch)
     states = s.at(call["states"], s.times(place, STATE_BYTES))
     outputs = s.at(call["outputs"], s.times(place, pitch))
     with s.loop(b.mul(heads, rows)) as i:
         s.store(ir.Constant(F32, NOTHING), states, s.times(i, STATE_BYTES))
         s.store(ir.Constant(F32, 0.0), states, s.at(s.times(i, STATE_BYTES), 4))
         row = s.at(outputs, s.times(i, pitch))
-        for k in range(pitch // (4 * s.width)):
+        for k in range(registers):
             s.store(s.const_f(0.0), row, 4 * s.width * k)
     tiles = b.udiv(b.add(b.sub(stop, start), s.int64(TILE - 1)), s.int64(TILE))
     _locate(s, call, unit, start, scratch.offsets)
@@ -115,38 +113,40 @@ def _attend_unit(
             output = s.at(outputs, s.times(done, pitch))
             query = s.at(call["query"], b.mul(h, call["query_head"]))
             query = s.at(query, s.times(unit["row"], pitch))
-            _look_up_tile(s, plan.dim, plan.bits, keys, call, "key", h, here, ahead, scratch.tile)
-            in_blocks_of_rows(
-                s,
-                rows,
-                lambda r, n, query=query: scores_block(  # type: ignore[misc]
-                    s,
-                    n,
-                    pitch // (4 * s.width),
-                    s.at(query, s.times(r, pitch)),
-                    scratch.tile,
-                    s.at(scratch.scores, s.times(r, 4 * TILE)),
-                ),
-            )
-            _gather_gains(s, call, "key", h, here, scratch.gains, 0)
-            _gather_gains(s, call, "value", h, here, s.at(scratch.gains, 4 * TILE), 1)
-            _softmax(s, plan, call, unit, h, first, state, scratch)
-            _look_up_tile(
-                s, plan.dim, plan.value_bits, values, call, "value", h, here, ahead, scratch.tile
-            )
-            in_blocks_of_rows(
-                s,
-                rows,
-                lambda r, n, state=state, output=output: values_block(  # type: ignore[misc]
-                    s,
-                    n,
-                    pitch // (4 * s.width),
-                    s.at(scratch.scores, s.times(r, 4 * TILE)),
-                    scratch.tile,
-                    s.at(state, s.times(r, STATE_BYTES)),
-                    s.at(output, s.times(r, pitch)),
-                ),
-            )
+            where = (a.source, h, here, ahead, scratch.tile)
+            # The gains come first, so that their stores are done when vectors of them are loaded.
+            s.outlined("gains", _gather_gains, a.source, h, here, scratch.gains)
+            s.outlined("keys", partial(_look_up_tile, plan, "key"), a.tables, *where)
+            scores = partial(_scores, registers)
+            s.outlined("scores", scores, rows, query, scratch.tile, scratch.scores)
+            softmax = (a.source, unit.address, h, first, state, a.scratch)
+            s.outlined("softmax", partial(_softmax, plan), *softmax)
+            s.outlined("values", partial(_look_up_tile, plan, "value"), a.signs, *where)
+            weigh = partial(_weigh, registers)
+            s.outlined("weigh", weigh, rows, scratch.scores, scratch.tile, state, output)
+
+
+def _scores(registers: int, s: Simd, rows: Value, query: Value, tile: Value, scores: Value) -> None:
+    pitch = 4 * s.width * registers
+
+    def block(row: Value, count: int) -> None:
+        from_, to = s.at(query, s.times(row, pitch)), s.at(scores, s.times(row, 4 * TILE))
+        scores_block(s, count, registers, from_, tile, to)
+
+    in_blocks_of_rows(s, rows, block)
+
+
+def _weigh(
+    registers: int, s: Simd, rows: Value, scores: Value, tile: Value, states: Value, outputs: Value
+) -> None:
+    pitch = 4 * s.width * registers
+
+    def block(row: Value, count: int) -> None:
+        weights = s.at(scores, s.times(row, 4 * TILE))
+        state = s.at(states, s.times(row, STATE_BYTES))
+        values_block(s, count, registers, weights, tile, state, s.at(outputs, s.times(row, pitch)))
+
+    in_blocks_of_rows(s, rows, block)
 
 
 def _locate(s: Simd, call: Fields, unit: Fields, first: Value, offsets: Value) -> None:
@@ -173,26 +173,28 @@ def _offset(s: Simd, offsets: Value, name: str, j: Value) -> Value:
 
 
 def _look_up_tile(
-    s: Simd,
-    dim: int,
-    bits: int,
-    table: Table,
-    call: Fields,
+    plan: Plan,
     side: str,
+    s: Simd,
+    tables: Value,
+    call_address: Value,
     head: Value,
     here: Value,
     ahead: Value,
     tile: Value,
 ) -> None:
     """Look up one head of the tile's tokens, and fetch the next tile's codes into the cache."""
+    bits = plan.bits if side == "key" else plan.value_bits
+    table = values_table(s, tables, bits)
+    call = Fields(s, call_address, CALL)
     base = s.at(call[f"{side}_codes"], s.b.mul(head, call[f"{side}_head"]))
-    pitch = 4 * s.width * registers_of(dim, s.width)
+    pitch = 4 * s.width * registers_of(plan.dim, s.width)
     with s.loop(TILE) as j:
         coming = s.at(base, _offset(s, ahead, f"{side}_codes", j))
-        for line in range(0, -(-dim * bits // 8), 64):
+        for line in range(0, -(-plan.dim * bits // 8), 64):
             prefetch(s, coming, line)
         packed = s.at(base, _offset(s, here, f"{side}_codes", j))
-        look_up(s, table, bits, dim, packed, s.at(tile, s.times(j, pitch)))
+        look_up(s, table, bits, plan.dim, packed, s.at(tile, s.times(j, pitch)))
 
 
 def prefetch(s: Simd, address: Value, offset: int) -> None:
@@ -203,28 +205,31 @@ def prefetch(s: Simd, address: Value, offset: int) -> None:
     s.b.call(function, [at, *(ir.Constant(I32, value) for value in (0, 3, 1))])
 
 
-def _gather_gains(
-    s: Simd, call: Fields, side: str, head: Value, here: Value, gains: Value, index: int
-) -> None:
-    """gains[t] = norm of token t times the gain of its side."""
-    base = s.at(call[f"{side}_norms"], s.b.mul(head, call[f"{side}_norm_head"]))
-    gain = s.load(F32, call["gains"], 4 * index)
-    with s.loop(TILE) as j:
-        norm = s.load(F32, s.at(base, _offset(s, here, f"{side}_norms", j)))
-        s.store(s.b.fmul(norm, gain), gains, s.times(j, 4))
+def _gather_gains(s: Simd, call_address: Value, head: Value, here: Value, gains: Value) -> None:
+    """Norms of the tile's tokens, times the gain of their side: [2 (keys, values), TILE]."""
+    call = Fields(s, call_address, CALL)
+    for i, side in enumerate(("key", "value")):
+        base = s.at(call[f"{side}_norms"], s.b.mul(head, call[f"{side}_norm_head"]))
+        gain = s.load(F32, call["gains"], 4 * i)
+        with s.loop(TILE) as j:
+            norm = s.load(F32, s.at(base, _offset(s, here, f"{side}_norms", j)))
+            s.store(s.b.fmul(norm, gain), gains, s.at(s.times(j, 4), 4 * TILE * i))
 
 
 def _softmax(
-    s: Simd,
     plan: Plan,
-    call: Fields,
-    unit: Fields,
+    s: Simd,
+    call_address: Value,
+    unit_address: Value,
     head: Value,
     first: Value,
     states: Value,
-    scratch: Scratch,
+    scratch_address: Value,
 ) -> None:
+    """Scores become weights of the looked-up values, norms included."""
     b = s.b
+    call, unit = Fields(s, call_address, CALL), Fields(s, unit_address, UNIT)
+    scratch = Scratch(s, plan.dim, scratch_address)
     cap = s.load(F32, call["gains"], 8)
     end = b.trunc(b.sub(unit["stop"], first), I32)
     begin = b.trunc(first, I32)

@@ -10,7 +10,7 @@ Nothing here lets LLVM contract or reorder floating-point operations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -143,6 +143,22 @@ class Simd:
             count = self.int64(count)
         with cgutils.for_range(self.b, count) as turn:
             yield turn.index
+
+    def outlined(self, name: str, body: Callable[..., None], *arguments: Value) -> None:
+        """body(s, *arguments) as a function of its own, which has all registers to itself.
+
+        name : unique within the kernel
+        """
+        function = self.b.module.globals.get(name)
+        if function is None:
+            kind = ir.FunctionType(ir.VoidType(), [a.type for a in arguments])
+            function = ir.Function(self.b.module, kind, name)
+            function.linkage = "internal"
+            function.attributes.add("noinline")
+            inner = Simd(ir.IRBuilder(function.append_basic_block()), self.target)
+            body(inner, *function.args)
+            inner.b.ret_void()
+        self.b.call(function, arguments)
 
     # -- lanes -------------------------------------------------------------------------------------
 
