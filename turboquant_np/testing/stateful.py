@@ -36,7 +36,7 @@ except ImportError as error:
 __all__ = ["ModelSequence", "PagedCacheMachine"]
 
 Float32s = npt.NDArray[np.float32]
-LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
+LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 32
 
 
 @dataclass
