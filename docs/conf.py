@@ -47,8 +47,9 @@ html_extra_path = ["test_vectors.json"]
 html_show_sourcelink = False
 html_theme_options = {
     "logo": {"text": "turboquant_np"},
-    "header_links_before_dropdown": 6,
+    "header_links_before_dropdown": 8,
     "navbar_align": "left",
+    "navbar_persistent": ["search-button"],
     "navbar_end": ["theme-switcher"],
     "footer_start": ["copyright"],
     "footer_end": [],
