@@ -335,7 +335,7 @@ def test_shapes_that_would_cut_vectors(settings: dict[str, Any], message: str) -
 
 
 def test_shards_with_a_head_dim_that_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="multiple of head_dim = 48"):
+    with pytest.raises(ValueError, match=r"multiples? of head_dim"):
         create(shards=SHARDS, serializer=TurboQuantCodec(head_dim=48))
 
 
