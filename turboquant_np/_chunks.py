@@ -132,7 +132,8 @@ class ChunkSettings:
         kept = ~touched.reshape(-1, self.quantizer.head_dim).any(axis=-1)
         split = len(kept) * self.quantizer.packed_dim
         for part in (slice(None, split), slice(split, None)):
-            new[part].reshape(len(kept), -1)[kept] = old[part].reshape(len(kept), -1)[kept]
+            rows = new[part].reshape(len(kept), -1)
+            np.copyto(rows, old[part].reshape(len(kept), -1), where=kept[:, None])
         return new
 
     def is_zero(self, data: Any, shape: tuple[int, ...]) -> bool:
