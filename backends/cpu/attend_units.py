@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import partial
 
 from llvmlite import ir
-from numba.core import cgutils
 
 from .attend import (
     NOTHING,
@@ -23,6 +22,7 @@ from .attend import (
     variable,
 )
 from .kernels import Arguments, Plan
+from .packing import packed_bytes
 from .quantize import values_table
 from .simd import F32, I32, I64, Simd, Value
 from .tile import TILE, look_up, registers_of
@@ -191,18 +191,9 @@ def _look_up_tile(
     pitch = 4 * s.width * registers_of(plan.dim, s.width)
     with s.loop(TILE) as j:
         coming = s.at(base, _offset(s, ahead, f"{side}_codes", j))
-        for line in range(0, -(-plan.dim * bits // 8), 64):
-            prefetch(s, coming, line)
+        s.prefetch(coming, packed_bytes(plan.dim, bits))
         packed = s.at(base, _offset(s, here, f"{side}_codes", j))
         look_up(s, table, bits, plan.dim, packed, s.at(tile, s.times(j, pitch)))
-
-
-def prefetch(s: Simd, address: Value, offset: int) -> None:
-    pointer = ir.PointerType()
-    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
-    function = cgutils.get_or_insert_function(s.b.module, kind, "llvm.prefetch.p0")
-    at = s.b.inttoptr(s.at(address, offset), pointer)
-    s.b.call(function, [at, *(ir.Constant(I32, value) for value in (0, 3, 1))])
 
 
 def _gather_gains(s: Simd, call_address: Value, head: Value, here: Value, gains: Value) -> None:

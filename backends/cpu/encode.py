@@ -31,6 +31,8 @@ from .quantize import DIM, GAIN, Quantizer, values_table
 from .rotate import RowRotation, rotate_registers
 from .simd import F32, Register, Simd, Value
 
+BYTES_AHEAD = 8192  # of the source, fetched into the cache while a row is being worked on
+
 
 def emit_encode(s: Simd, plan: Plan, a: Arguments) -> None:
     """Vectors -> packed codes (or z) and stored scales."""
@@ -111,6 +113,8 @@ def _encode_in_registers(s: Simd, plan: Plan, a: Arguments) -> None:
         rows = []
         for i in numbers:
             source = s.at(a.source, b.mul(i, a.source_pitch))
+            ahead = b.mul(a.source_pitch, s.int64(BYTES_AHEAD // (size * plan.dim)))
+            s.prefetch(s.at(source, ahead), size * plan.dim)
             offsets = [size * s.width * k for k in range(count)]
             loaded = [load_floats(s, plan.dtype, source, o, s.width) for o in offsets]
             rows.append(normalize_registers(s, loaded))

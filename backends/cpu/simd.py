@@ -24,6 +24,8 @@ from numba.core.registry import cpu_target
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 HALF, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
+CACHE_LINE = 64  # bytes
+
 Value = Any  # an llvmlite value
 Register = Any  # an llvmlite value of a vector type
 Offset = Any  # bytes: an int, or an i64 value
@@ -125,6 +127,15 @@ class Simd:
 
     def store(self, value: Value, address: Value, offset: Offset = 0) -> None:
         self.b.store(value, self._pointer(address, offset)).align = 1
+
+    def prefetch(self, address: Value, size: int) -> None:
+        """Ask for `size` bytes from `address` on in the cache; any address will do."""
+        pointer = ir.PointerType()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+        function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
+        for line in range(0, size, CACHE_LINE):
+            hints = (ir.Constant(I32, hint) for hint in (0, 3, 1))  # read, keep, data
+            self.b.call(function, [self._pointer(address, line), *hints])
 
     def _pointer(self, address: Value, offset: Offset) -> Value:
         return self.b.inttoptr(self.at(address, offset), ir.PointerType())
