@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,9 @@ from turboquant_np.rotation import DenseRotation, HadamardRotation
 
 from . import dense
 from .blocks import block_launch
-from .compile import kernel, max_shared_bytes
+from .compile import Kernel, kernel, max_shared_bytes
 from .constants import constants
-from .launch import Target, dense_target, pair, side
+from .launch import SIDES, Target, dense_target, of_launch, of_quantizer, side
 from .layout import (
     TYPE_NAMES,
     Rows,
@@ -54,31 +56,63 @@ def encode_rows(sides: list[tuple[CodecSpec, Rows, Target]]) -> None:
 
 def _encode_in_registers(sides: list[tuple[CodecSpec, Rows, Target]]) -> bool:
     """Launch kernels/encode.cu if it takes all sides in one launch."""
-    specs = [spec for spec, _, _ in sides]
-    dtypes = {rows.array.dtype for _, rows, _ in sides}
-    dims = {spec.head_dim for spec in specs}
-    if len(dtypes) > 1 or len(dims) > 1 or not all(map(in_registers, specs)):
+    import cupy
+
+    (first, rows, target), (last, last_rows, last_target) = sides[0], sides[-1]
+    if rows.array.dtype != last_rows.array.dtype or first.head_dim != last.head_dim:
         return False
-    dtype, head_dim = dtypes.pop(), dims.pop()
-    corrected = any(spec.scale != "norm" for spec in specs)
-    shape = encode_shape(head_dim, dtype.itemsize, corrected)
+    plan = _encode_plan(
+        cupy.cuda.runtime.getDevice(),
+        (first, last),
+        rows.array.dtype,
+        target.contiguous(rows) and last_target.contiguous(last_rows),
+        (target.store_width(first.packed_dim), last_target.store_width(last.packed_dim)),
+    )
+    if plan is None:
+        return False
+    told = of_launch(rows, target) + plan.constants[0]
+    told += told if len(sides) == 1 else of_launch(last_rows, last_target) + plan.constants[1]
+    blocks = -(-max(rows.count, last_rows.count) // plan.rows)
+    grid = (min(blocks, max(1, plan.kernel.resident_blocks // len(sides))), len(sides))
+    plan.kernel(grid, (np.frombuffer(told, SIDES),))
+    return True
+
+
+@dataclass(frozen=True)
+class EncodePlan:
+    """What launches of kernels/encode.cu for the same quantisers and kinds of arrays share."""
+
+    kernel: Kernel
+    rows: int
+    constants: tuple[bytes, bytes]
+
+
+@lru_cache(maxsize=512)
+def _encode_plan(
+    device: int,
+    specs: tuple[CodecSpec, CodecSpec],
+    dtype: np.dtype[Any],
+    contiguous: bool,
+    stores: tuple[int, int],
+) -> EncodePlan | None:
+    """For `device`, which is the current one; None where another kernel is needed."""
+    if not all(map(in_registers, specs)):
+        return None
+    head_dim = specs[0].head_dim
+    shape = encode_shape(head_dim, dtype.itemsize, any(spec.scale != "norm" for spec in specs))
     shared = max(encode_shared_bytes(spec, dtype.itemsize, shape) for spec in specs)
     if shared > max_shared_bytes():
-        return False
-    macros = {
+        return None
+    macros: dict[str, str | int] = {
         "INPUT": TYPE_NAMES[dtype.name],
         "HEAD_DIM": head_dim,
-        "CONTIGUOUS": int(all(target.contiguous(rows) for _, rows, target in sides)),
+        "CONTIGUOUS": int(contiguous),
         **shape.macros,
+        **encode_macros(specs[0], 0, stores[0]),
+        **encode_macros(specs[1], 1, stores[1]),
     }
-    first, last = sides[0], sides[-1]
-    for i, (spec, _, target) in enumerate((first, last)):
-        macros |= encode_macros(spec, i, target.store_width(spec.packed_dim))
     compiled = kernel("encode.cu", "encode", macros, shape.threads, shared)
-    blocks = -(-max(rows.count for _, rows, _ in sides) // shape.rows)
-    grid = (min(blocks, max(1, compiled.resident_blocks // len(sides))), len(sides))
-    compiled(grid, (pair(side(*first, shape.lanes), side(*last, shape.lanes)),))
-    return True
+    return EncodePlan(compiled, shape.rows, (of_quantizer(specs[0]), of_quantizer(specs[1])))
 
 
 def _encode_any(spec: CodecSpec, rows: Rows, target: Target) -> None:
@@ -114,34 +148,46 @@ def decode(spec: CodecSpec, packed: Any, scales: Any, out: Any) -> None:
 
 
 def _decode_in_registers(spec: CodecSpec, packed: Any, scales: Any, out: Any) -> None:
-    assert isinstance(spec.rotation, HadamardRotation)
-    shape = decode_shape(spec.head_dim, out.itemsize)
-    shared = decode_shared_bytes(spec, out.itemsize, shape)
-    if shared > max_shared_bytes():
+    import cupy
+
+    load = width_of(packed.data.ptr, spec.packed_dim)
+    plan = _decode_plan(cupy.cuda.runtime.getDevice(), spec, out.dtype, load)
+    if plan is None:
         _decode_any(spec, packed, scales, out)
         return
-    macros = {
-        "OUTPUT": TYPE_NAMES[out.dtype.name],
+    blocks = min(-(-scales.size // plan.rows), plan.kernel.resident_blocks)
+    plan.kernel((blocks,), (packed, scales, out, np.int64(scales.size), *plan.constants))
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """As `EncodePlan`, for kernels/decode.cu."""
+
+    kernel: Kernel
+    rows: int
+    constants: tuple[Any, ...]
+
+
+@lru_cache(maxsize=512)
+def _decode_plan(
+    device: int, spec: CodecSpec, dtype: np.dtype[Any], load: int
+) -> DecodePlan | None:
+    assert isinstance(spec.rotation, HadamardRotation)
+    shape = decode_shape(spec.head_dim, dtype.itemsize)
+    shared = decode_shared_bytes(spec, dtype.itemsize, shape)
+    if shared > max_shared_bytes():
+        return None
+    macros: dict[str, str | int] = {
+        "OUTPUT": TYPE_NAMES[dtype.name],
         "HEAD_DIM": spec.head_dim,
         "BITS": spec.bits,
-        "LOAD": width_of(packed.data.ptr, spec.packed_dim),
+        "LOAD": load,
         **shape.macros,
     }
     compiled = kernel("decode.cu", "decode", macros, shape.threads, shared)
     c = constants(spec)
-    compiled(
-        (min(-(-scales.size // shape.rows), compiled.resident_blocks),),
-        (
-            packed,
-            scales,
-            out,
-            np.int64(scales.size),
-            c.decode_table,
-            c.signs,
-            np.int32(spec.rotation.rounds),
-            np.float32(block_factor(spec.rotation)),
-        ),
-    )
+    rounds, factor = np.int32(spec.rotation.rounds), np.float32(block_factor(spec.rotation))
+    return DecodePlan(compiled, shape.rows, (c.decode_table, c.signs, rounds, factor))
 
 
 def _decode_any(spec: CodecSpec, packed: Any, scales: Any, out: Any) -> None:

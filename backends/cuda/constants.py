@@ -14,10 +14,6 @@ import numpy.typing as npt
 from turboquant_np._spec import CodecSpec
 from turboquant_np.rotation import DenseRotation, HadamardRotation
 
-from .layout import CHUNK, multiplier_count
-
-Float32s = npt.NDArray[np.float32]
-
 MAX_Z = 16.05  # |z| <= sqrt(head_dim) in the kernels with bucket tables, which end at 256
 TABLE_BYTES = 16384
 
@@ -61,43 +57,6 @@ def _place(z: float, scale: float) -> int:
     return round(exact * 2**23)  # half to even, as the GPU rounds
 
 
-def sign_multipliers(signs: Float32s, lanes: int) -> Float32s:
-    """[rounds, lanes, count] what signed_transform of kernels/lanes.cuh multiplies by.
-
-    signs: [rounds, head_dim].  Follows the signs that stay pending through the stages; the last
-    number is the one that is left over at the end of a round, for each lane.
-    """
-    rounds, d = signs.shape
-    registers = d // lanes
-    chunk = CHUNK if lanes == 2 else registers
-    result = np.zeros((rounds, lanes, multiplier_count(d, lanes)), np.float32)
-    left = np.ones((lanes, 1), np.float32)
-    for r in range(rounds):
-        # [lanes, registers]: lanes take turns at chunks
-        pending = signs[r].reshape(-1, lanes, chunk).transpose(1, 0, 2).reshape(lanes, registers)
-        pending = pending * left
-        used = 0
-
-        def append(factors: Float32s, r: int = r) -> None:
-            nonlocal used
-            result[r, :, used : used + factors.shape[1]] = factors
-            used += factors.shape[1]
-
-        stride = 1
-        while stride < registers:
-            if stride == chunk:
-                product = pending[0, ::chunk] * pending[1, ::chunk]
-                append(np.stack([product, -product]))
-                pending = pending[::-1]
-            groups = pending.reshape(lanes, -1, 2, stride)
-            append(groups[:, :, 0, 0] * groups[:, :, 1, 0])
-            pending = np.repeat(groups[:, :, 0, 0], 2 * stride, axis=1)
-            stride *= 2
-        left = pending[:, :1]
-        result[r, :, -1:] = left
-    return result
-
-
 class Constants:
     """Device copies of what a spec prescribes, each made when first asked for."""
 
@@ -107,19 +66,11 @@ class Constants:
         self._centroids = spec.centroids
         self._decode_table = spec.decode_table
         self._rotation = spec.rotation
-        self._multipliers: dict[int, Any] = {}
 
     @cached_property
     def signs(self) -> Any:
         assert isinstance(self._rotation, HadamardRotation)
         return _to_device(self._rotation.signs)
-
-    def multipliers(self, lanes: int) -> Any:
-        """`sign_multipliers` for that many lanes."""
-        if lanes not in self._multipliers:
-            assert isinstance(self._rotation, HadamardRotation)
-            self._multipliers[lanes] = _to_device(sign_multipliers(self._rotation.signs, lanes))
-        return self._multipliers[lanes]
 
     @cached_property
     def thresholds(self) -> Any:
@@ -161,8 +112,11 @@ def constants(spec: CodecSpec) -> Constants:
     """Those of `spec` on the current device."""
     import cupy
 
+    device = cupy.cuda.runtime.getDevice()
     on_devices = _constants.setdefault(spec, {})
-    return on_devices.setdefault(cupy.cuda.runtime.getDevice(), Constants(spec))
+    if device not in on_devices:
+        on_devices[device] = Constants(spec)
+    return on_devices[device]
 
 
 def _to_device(array: npt.NDArray[Any]) -> Any:

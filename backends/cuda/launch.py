@@ -1,7 +1,8 @@
-"""What encode kernels are told: `Side` of kernels/side.cuh, field for field."""
+"""What encode kernels are told: `Side` of kernels/side.cuh, packed field for field."""
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,26 +12,13 @@ from turboquant_np._spec import CodecSpec
 from turboquant_np.rotation import HadamardRotation
 
 from .constants import constants
-from .layout import Rows, block_factor, width_of
+from .layout import Rows, block_factor, in_registers, width_of
 
-SIDE = np.dtype(
-    [
-        *[(field, np.int64) for field in ("vectors", "vector_outer", "vector_inner")],
-        *[(f"packed{part}", np.int64) for part in ("", "_block", "_slot", "_inner")],
-        *[(f"scales{part}", np.int64) for part in ("", "_block", "_slot", "_inner")],
-        *[(field, np.int64) for field in ("slots", "num_slots", "rows")],
-        *[(field, np.int64) for field in ("signs", "buckets", "thresholds", "centroids")],
-        ("bucket_scale", np.float32),
-        ("gain", np.float32),
-        ("block_factor", np.float32),
-        ("inner", np.uint32),
-        ("block_size", np.uint32),
-        ("slots_are_64_bit", np.int32),
-        ("rounds", np.int32),
-    ],
-    align=True,
-)
-SIDES = np.dtype([("side", SIDE, (2,))])  # `Sides`
+_OF_LAUNCH = struct.Struct("<14q2I2i")
+_OF_QUANTIZER = struct.Struct("<4q3fi")
+# CuPy passes arrays of one element by value.
+SIDE = np.dtype([("words", np.int64, (_OF_LAUNCH.size + _OF_QUANTIZER.size) // 8)])
+SIDES = np.dtype([("words", np.int64, (_OF_LAUNCH.size + _OF_QUANTIZER.size) // 4)])
 
 
 @dataclass(frozen=True)
@@ -65,24 +53,32 @@ def dense_target(spec: CodecSpec, rows: Rows, packed: Any, scales: Any) -> Targe
     )
 
 
-def side(spec: CodecSpec, rows: Rows, target: Target, lanes: int = 0) -> Any:
-    """A `Side` as a 0-d structured array, which CuPy passes by value.
+def of_quantizer(spec: CodecSpec) -> bytes:
+    """The fields of `Side` that hold for every launch with `spec` on the current device."""
+    c = constants(spec)
+    hadamard = spec.rotation if isinstance(spec.rotation, HadamardRotation) else None
+    bucketed = in_registers(spec) and spec.bits > 1
+    return _OF_QUANTIZER.pack(
+        c.signs.data.ptr if hadamard else 0,
+        c.buckets.data.ptr if bucketed else 0,
+        c.thresholds.data.ptr,
+        c.centroids.data.ptr,
+        c.bucket_table.scale if bucketed else 0.0,
+        spec.encode_gain,
+        block_factor(hadamard) if hadamard else 1.0,
+        hadamard.rounds if hadamard else 0,
+    )
 
-    `lanes` is that of kernels/encode.cu, 0 for other kernels.
-    """
+
+def of_launch(rows: Rows, target: Target) -> bytes:
+    """The other fields of `Side`."""
     if rows.count >= 2**32 or target.num_slots >= 2**32:
         raise ValueError(
             f"one call takes fewer than 2**32 vectors and slots, got {rows.count} and "
             f"{target.num_slots}; split the array"
         )
-    c = constants(spec)
-    hadamard = spec.rotation if isinstance(spec.rotation, HadamardRotation) else None
-    signs = None
-    if hadamard is not None:
-        pending = lanes and hadamard.is_power_of_two
-        signs = c.multipliers(lanes) if pending else c.signs
-    bucketed = lanes and spec.bits > 1
-    values = (
+    slots = target.slots
+    return _OF_LAUNCH.pack(
         rows.array.data.ptr,
         rows.outer_stride,
         rows.inner_stride,
@@ -90,26 +86,16 @@ def side(spec: CodecSpec, rows: Rows, target: Target, lanes: int = 0) -> Any:
         *target.packed_strides,
         target.scales,
         *target.scale_strides,
-        target.slots.data.ptr if target.slots is not None else 0,
+        0 if slots is None else slots.data.ptr,
         target.num_slots,
         rows.count,
-        signs.data.ptr if signs is not None else 0,
-        c.buckets.data.ptr if bucketed else 0,
-        c.thresholds.data.ptr,
-        c.centroids.data.ptr,
-        c.bucket_table.scale if bucketed else 0.0,
-        spec.encode_gain,
-        block_factor(hadamard) if hadamard else 1.0,
         max(rows.inner, 1),
         target.block_size,
-        target.slots is not None and target.slots.dtype.itemsize == 8,
-        hadamard.rounds if hadamard else 0,
+        slots is not None and slots.dtype.itemsize == 8,
+        0,
     )
-    return np.array(values, SIDE)
 
 
-def pair(first: Any, second: Any) -> Any:
-    """A `Sides` of two results of `side`."""
-    both = np.empty((), SIDES)
-    both["side"][0], both["side"][1] = first, second
-    return both
+def side(spec: CodecSpec, rows: Rows, target: Target) -> Any:
+    """The `Side` of kernels/any.cu."""
+    return np.frombuffer(of_launch(rows, target) + of_quantizer(spec), SIDE)

@@ -10,7 +10,6 @@ from turboquant_np._spec import SCALE_KINDS, CodecSpec
 from turboquant_np.rotation import HadamardRotation
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)  # those whose vectors kernels hold in registers
-CHUNK = 16  # consecutive coordinates in a lane, where two lanes hold a vector
 TYPE_NAMES = {
     "float16": "Half",
     "bfloat16": "BFloat16",
@@ -100,17 +99,10 @@ def decode_shape(head_dim: int, itemsize: int) -> Shape:
 def encode_shared_bytes(spec: CodecSpec, itemsize: int, shape: Shape) -> int:
     """Dynamic shared memory of a block of kernels/encode.cu."""
     assert isinstance(spec.rotation, HadamardRotation)
-    d, lanes = spec.head_dim, shape.lanes
-    signs = multiplier_count(d, lanes) * lanes if spec.rotation.is_power_of_two else 2 * d
     tables = (16384 if spec.bits > 1 else 0) + (0 if spec.scale == "norm" else 1024)
-    row = padded_row(d * itemsize) + padded_row(spec.packed_dim)
-    return tables + shape.rows * row + 4 * signs * spec.rotation.rounds
-
-
-def multiplier_count(head_dim: int, lanes: int) -> int:
-    """As MULTIPLIERS of kernels/lanes.cuh."""
-    registers = head_dim // lanes
-    return -(-(registers + (registers // CHUNK if lanes == 2 else 0)) // 4) * 4
+    row = padded_row(spec.head_dim * itemsize) + padded_row(spec.packed_dim)
+    signs = 4 * spec.head_dim * steps(spec.rotation)
+    return tables + shape.rows * row + signs
 
 
 def decode_shared_bytes(spec: CodecSpec, itemsize: int, shape: Shape) -> int:

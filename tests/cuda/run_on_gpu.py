@@ -129,19 +129,32 @@ def check_many(count: int, dtype: Any, seconds: float, **settings: Any) -> dict[
     return {**settings, "dtype": name, "vectors": done, "batches that differ": wrong}
 
 
-def milliseconds(call: Callable[[], Any], repeats: int = 15) -> float:
-    """Median device time of `call`."""
+def milliseconds(call: Callable[[], Any], repeats: int = 9, calls: int = 8) -> float:
+    """Median device time of `call`, of several in a row so that none waits for the host."""
     for _ in range(3):
         call()
     times = []
     for _ in range(repeats):
         start, stop = cupy.cuda.Event(), cupy.cuda.Event()
         start.record()
-        call()
+        for _ in range(calls):
+            call()
         stop.record()
         stop.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(start, stop))
+        times.append(cupy.cuda.get_elapsed_time(start, stop) / calls)
     return float(statistics.median(times))
+
+
+def host_microseconds(call: Callable[[], Any], calls: int = 300) -> float:
+    """Host time of a call that only launches."""
+    call()
+    cupy.cuda.Device().synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    elapsed = time.perf_counter() - start
+    cupy.cuda.Device().synchronize()
+    return elapsed / calls * 1e6
 
 
 def copy_bandwidth() -> float:
@@ -181,6 +194,17 @@ def time_inner_products(copy: float, n: int, queries: int, **settings: Any) -> d
     moved = packed.nbytes + norms.nbytes + scores.nbytes
     timed = {"Gvec/s": n / ms / 1e6, "of copy": moved / ms * 1e3 / copy}
     return {**settings, "queries": queries, "inner_products": timed}
+
+
+def time_launch() -> dict[str, Any]:
+    """Host time of calls on 8 vectors with given outputs."""
+    tq = TurboQuant(head_dim=HEAD_DIM, bits=4)
+    x = cupy.ones((8, HEAD_DIM), np.float16)
+    out, back = tq.encode(x), cupy.empty_like(x)
+    return {
+        "encode us": host_microseconds(lambda: tq.encode(x, out=out, check_finite=False)),
+        "decode us": host_microseconds(lambda: tq.decode(*out, out=back)),
+    }
 
 
 def show(title: str, lines: list[dict[str, Any]]) -> None:
@@ -249,14 +273,15 @@ def main() -> None:
         ]
         report["haar"] = [
             time_codec(copy, NUM_VECTORS // 4, head_dim=d, bits=4, rotation="haar")
-            for d in (64, 128, 96)
+            for d in (64, 128, 96, 256)
         ]
         report["inner_products"] = [
             time_inner_products(copy, NUM_VECTORS, queries, bits=bits)
             for queries in (1, 8)
             for bits in (2, 3, 4, 8)
         ]
-        for part in ("codec", "haar", "inner_products"):
+        report["launch"] = [time_launch()]
+        for part in ("codec", "haar", "inner_products", "launch"):
             show(part, report[part])
     options.json.write_text(json.dumps(report, indent=1))
     sys.exit(failed)

@@ -27,6 +27,10 @@ def caches(specs: list[TurboQuant], heads: int, seed: int) -> list[Any]:
     return arrays
 
 
+def named(arrays: list[Any]) -> dict[str, Any]:
+    return dict(zip(("k_packed", "k_norms", "v_packed", "v_norms"), arrays, strict=True))
+
+
 def check_equal(
     key: dict[str, Any],
     value: dict[str, Any],
@@ -43,11 +47,19 @@ def check_equal(
     keys, values = (rng.standard_normal((n, heads, s.head_dim)).astype(dtype) for s in specs)
     host = caches(specs, heads, 1)
     device = [cupy.asarray(a) for a in host]
-    encode_paged(keys, values, *host, slots, key_quantizer=expected[0], value_quantizer=expected[1])
     encode_paged(
-        *map(cupy.asarray, (keys, values)),
-        *device,
-        cupy.asarray(slots),
+        keys,
+        values,
+        **named(host),
+        slot_mapping=slots,
+        key_quantizer=expected[0],
+        value_quantizer=expected[1],
+    )
+    encode_paged(
+        cupy.asarray(keys),
+        cupy.asarray(values),
+        **named(device),
+        slot_mapping=cupy.asarray(slots),
         key_quantizer=specs[0],
         value_quantizer=specs[1],
     )
@@ -80,14 +92,14 @@ def test_strided_caches_and_vectors() -> None:
     keys, values = fused[:, 8:10], fused[:, 10:]
     slots = cupy.asarray(rng.permutation(BLOCKS * BLOCK_SIZE)[:20])
     plain = [cupy.zeros_like(cupy.asarray(a)) for a in caches([tq, tq], 2, 0)]
-    encode_paged(keys, values, *plain, slots, key_quantizer=tq)
+    encode_paged(keys, values, **named(plain), slot_mapping=slots, key_quantizer=tq)
     # heads first in memory, keys and values interleaved, rows padded to an odd number of bytes
     both = cupy.zeros((2, BLOCKS, 2, BLOCK_SIZE, 67), np.uint8)
     norms = cupy.zeros((2, BLOCKS, BLOCK_SIZE, 2, 3), np.float32)
     strided = []
     for i in range(2):
         strided += [both[:, :, i, :, :64].transpose(1, 2, 0, 3), norms[i, ..., 1]]
-    encode_paged(keys, values, *strided, slots, key_quantizer=tq)
+    encode_paged(keys, values, **named(strided), slot_mapping=slots, key_quantizer=tq)
     for got, want in zip(strided, plain, strict=True):
         assert (got == want).all()
     assert not both[..., 64:].any()
@@ -101,13 +113,13 @@ def test_slots_outside_of_the_cache() -> None:
     for wrong in (-2, BLOCKS * BLOCK_SIZE, 2**31 - 1):
         slots = cupy.array([0, wrong, 1], np.int32)
         with pytest.raises(ValueError, match=r"slot_mapping\[1\]"):
-            encode_paged(k, k, *arrays, slots, key_quantizer=tq)
-        encode_paged(k, k, *arrays, slots, key_quantizer=tq, check=False)
+            encode_paged(k, k, **named(arrays), slot_mapping=slots, key_quantizer=tq)
+        encode_paged(k, k, **named(arrays), slot_mapping=slots, key_quantizer=tq, check=False)
     assert int((arrays[1] != 0).sum()) == 2
     with pytest.raises(ValueError, match="to slot 4"):
-        encode_paged(k, k, *arrays, cupy.array([4, 1, 4]), key_quantizer=tq)
+        encode_paged(k, k, **named(arrays), slot_mapping=cupy.array([4, 1, 4]), key_quantizer=tq)
     with pytest.raises(ValueError, match="same memory"):
-        encode_paged(k, k, *arrays, np.array([4, 1, 5]), key_quantizer=tq)
+        encode_paged(k, k, **named(arrays), slot_mapping=np.array([4, 1, 5]), key_quantizer=tq)
     k[2, 0, 5] = np.nan
     with pytest.raises(ValueError, match="nan"):
-        encode_paged(k, k, *arrays, cupy.array([4, 1, 5]), key_quantizer=tq)
+        encode_paged(k, k, **named(arrays), slot_mapping=cupy.array([4, 1, 5]), key_quantizer=tq)

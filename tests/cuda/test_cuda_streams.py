@@ -47,6 +47,8 @@ def test_graph_capture() -> None:
     scores = cupy.empty(300, np.float32)
     cache = [cupy.zeros((20, 16, 3, 64), np.uint8), cupy.zeros((20, 16, 3), np.float32)]
     cache += [cupy.zeros_like(a) for a in cache]
+    names = ("k_packed", "k_norms", "v_packed", "v_norms")
+    named = dict(zip(names, cache, strict=True))
     slots = cupy.arange(100)
     tokens = x.reshape(100, 3, 128)
 
@@ -54,7 +56,7 @@ def test_graph_capture() -> None:
         tq.encode(x, out=out, check_finite=False)
         tq.decode(*out, out=back)
         tq.inner_products(x[7], *out, out=scores)
-        encode_paged(tokens, tokens, *cache, slots, key_quantizer=tq, check=False)
+        encode_paged(tokens, tokens, **named, slot_mapping=slots, key_quantizer=tq, check=False)
 
     step()  # compiles what warmup does not: the paged kernel
     stream = cupy.cuda.Stream(non_blocking=True)

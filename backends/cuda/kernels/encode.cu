@@ -60,8 +60,8 @@ template <class L, int BITS, int SCALE, int STORE> struct Encoder {
     u8* in_tile = shared + tables + (SCALE == NORM ? 0 : 1024) + warp * (IN_TILE + OUT_TILE);
     u8* out_tile = in_tile + IN_TILE;
     float* signs = reinterpret_cast<float*>(shared + tables + (SCALE == NORM ? 0 : 1024) + WARPS * (IN_TILE + OUT_TILE));
-    const int num_signs = s.rounds * (L::IS_POWER_OF_TWO ? L::T * MULTIPLIERS<L> : 2 * L::D);
-    for (int i = threadIdx.x; i < num_signs; i += 32 * WARPS) signs[i] = s.signs[i];
+    const int steps = L::IS_POWER_OF_TWO ? s.rounds : 2 * s.rounds;
+    for (int i = threadIdx.x; i < steps * L::D; i += 32 * WARPS) signs[i] = s.signs[i];
     if (SCALE != NORM) for (int i = threadIdx.x; i < 1 << BITS; i += 32 * WARPS) centroids[i] = s.centroids[i];
     Quantizer<BITS>::fill(shared, s);
     __syncthreads();
@@ -82,8 +82,8 @@ template <class L, int BITS, int SCALE, int STORE> struct Encoder {
       int exponent = 0;
       bool finite;
       normalize(x, norm, exponent, finite);
-      float factor = norm > 0.0f ? div(s.gain, norm) : 0.0f;
-      factor = mul(factor, rotate<L>(x, signs, s.rounds, s.block_factor, t));
+      const float factor = norm > 0.0f ? div(s.gain, norm) : 0.0f;
+      rotate<L>(x, signs + L::CHUNK * t, s.rounds, s.block_factor, t);
 
       CodeStream<BITS, L::COUNT> codes;
       codes.clear();

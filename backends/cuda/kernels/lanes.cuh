@@ -125,48 +125,14 @@ template <class L> DEVICE void mix_halves(float (&x)[L::COUNT]) {
   }
 }
 
-// One round of signs and transform where the signs are left behind: the butterflies of a stage are
-// a + r b and a - r b with r = +-1 the product of the signs pending on a and b, and the sign of a stays
-// pending on both.  All that costs no operation; `multipliers` holds the r of every stage in the order
-// of use, and the host, which knows the signs, has worked out what is pending (constants.py).
-template <class L> DEVICE void signed_transform(float (&x)[L::COUNT], const float* multipliers) {
-  const auto multiplier = [&](int k) {
-    const float4 q = reinterpret_cast<const float4*>(multipliers)[k / 4];
-    return k % 4 == 0 ? q.x : k % 4 == 1 ? q.y : k % 4 == 2 ? q.z : q.w;
-  };
-  constexpr int CHUNKS = L::T == 2 ? L::COUNT / L::CHUNK : 0;
-#pragma unroll
-  for (int h = 1; h < L::COUNT; h *= 2) {
-    const int used = L::COUNT - L::COUNT / h + (h >= L::CHUNK ? CHUNKS : 0);  // by the stages before
-    if (L::T == 2 && h == L::CHUNK) {  // the other lane's sign stays pending; lane 1 gets -r
-#pragma unroll
-      for (int i = 0; i < L::COUNT; i++)
-        x[i] = fma_rn(x[i], multiplier(used - CHUNKS + i / L::CHUNK), __shfl_xor_sync(~0u, x[i], 1));
-    }
-#pragma unroll
-    for (int i = 0; i < L::COUNT; i++) {
-      if (i & h) continue;
-      const float a = x[i], b = x[i + h], r = multiplier(used + i / (2 * h));
-      x[i] = fma_rn(b, r, a);
-      x[i + h] = fma_rn(b, -r, a);
-    }
-  }
-}
-// Floats of `multipliers` for one lane and round; the last one is the sign pending at the end.
-template <class L> constexpr int MULTIPLIERS = (L::COUNT + (L::T == 2 ? L::COUNT / L::CHUNK : 0) + 3) / 4 * 4;
-
-// The rotation times its growth, for encoding.  `signs`: [rounds, T, MULTIPLIERS] for a power of two,
-// and the result is to be multiplied by what is returned; else [steps, D].
-template <class L> DEVICE float rotate(float (&x)[L::COUNT], const float* signs, int rounds, float block_factor, int t) {
-  if constexpr (L::IS_POWER_OF_TWO) {
-    const float* multipliers = signs + t * MULTIPLIERS<L>;
+// The rotation times its growth.  `signs` points at this lane's first coordinate: [steps, D].
+template <class L> DEVICE void rotate(float (&x)[L::COUNT], const float* signs, int rounds, float block_factor, int t) {
 #pragma unroll 1
-    for (int r = 0; r < rounds; r++, multipliers += L::T * MULTIPLIERS<L>) signed_transform<L>(x, multipliers);
-    return multipliers[-(L::T - 1) * MULTIPLIERS<L> - 1];
-  } else {
-    signs += L::CHUNK * t;
-#pragma unroll 1
-    for (int r = 0; r < rounds; r++) {
+  for (int r = 0; r < rounds; r++) {
+    if constexpr (L::IS_POWER_OF_TWO) {
+      flip_and_pair<L, 0, L::COUNT>(x, signs + r * L::D);
+      transform<L, 0, L::COUNT, 2>(x, t);
+    } else {
       flip_and_pair<L, 0, L::COUNT - L::TAIL>(x, signs + 2 * r * L::D);
       transform<L, 0, L::COUNT - L::TAIL, 2>(x, t);
       normalize_block<L, 0, L::COUNT - L::TAIL>(x, block_factor);
@@ -176,7 +142,6 @@ template <class L> DEVICE float rotate(float (&x)[L::COUNT], const float* signs,
       normalize_block<L, L::TAIL, L::COUNT>(x, block_factor);
       mix_halves<L>(x);
     }
-    return 1.0f;
   }
 }
 

@@ -1,10 +1,10 @@
-// What an encode kernel reads and writes.  The host fills it in as a structured NumPy scalar
-// (launch.py), field for field.
+// What an encode kernel reads and writes.  The host packs it field for field (launch.py).
 
 #pragma once
 #include "exact.cuh"
 
 struct Side {
+  // of this launch
   const u8* vectors;  // row v is vector (v / inner, v % inner)
   i64 vector_outer, vector_inner;  // bytes
   u8* packed;
@@ -14,13 +14,15 @@ struct Side {
   const void* slots;  // [rows / inner] int32 or int64, or null: row group i goes to slot i
   i64 num_slots;  // below 2**32
   i64 rows;       // below 2**32
-  const float* signs;  // [steps, head_dim]; encode.cu has another form for powers of two
+  u32 inner, block_size;
+  int slots_are_64_bit, unused;
+  // of the quantiser
+  const float* signs;  // [steps, head_dim]
   const uint2* buckets;
   const float* thresholds;
   const float* centroids;
   float bucket_scale, gain, block_factor;
-  u32 inner, block_size;
-  int slots_are_64_bit, rounds;
+  int rounds;
 
   DEVICE const u8* vector(u32 v) const { return vectors + v / inner * vector_outer + v % inner * vector_inner; }
 
