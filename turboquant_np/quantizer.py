@@ -214,7 +214,8 @@ class TurboQuant:
         backend.encode(self._spec, _arrays.native(vectors), packed, norms)
         if check_finite and (row := backend.first_non_finite(norms)) is not None:
             raise value_error(vectors, row)
-        return (give_back(packed), give_back(norms)) if out is None else out
+        result = give_back(packed), give_back(norms)  # torch orders its stream behind ours here
+        return result if out is None else out
 
     def decode(self, packed: Any, norms: Any, *, dtype: Any = None, out: Any = None) -> Any:
         """Restore vectors.
@@ -262,7 +263,8 @@ class TurboQuant:
             if dtype is not None and _arrays.float_dtype(dtype) != vectors.dtype:
                 raise ValueError(f"dtype is {dtype} but out has dtype {vectors.dtype}; give one")
         backend.decode(self._spec, codes, scales, vectors)
-        return give_back(vectors) if out is None else out
+        result = give_back(vectors)
+        return result if out is None else out
 
     def inner_products(self, query: Any, packed: Any, norms: Any, *, out: Any = None) -> Any:
         """Inner products of queries with packed vectors, without decoding them.
@@ -307,7 +309,8 @@ class TurboQuant:
             else take_in_out(out, shape, ("float32",), "out", codes)
         )
         backend.inner_products(self._spec, _arrays.native(queries), codes, scales, scores)
-        return give_back(scores) if out is None else out
+        result = give_back(scores)
+        return result if out is None else out
 
     # -- sizes and self-tests ----------------------------------------------------------------------
 

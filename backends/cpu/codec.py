@@ -19,7 +19,7 @@ from turboquant_np.rotation import MATRIX_FRACTION_BITS, DenseRotation
 from .compile import Kernel, compiled
 from .kernels import FLUSHES_SUBNORMALS, Plan, scratch_floats
 from .quantize import cells_for, host_tables
-from .simd import target
+from .simd import CACHE_LINE, target
 from .threads import for_rows
 
 CENTROID_FRACTION_BITS = 19  # as the format prescribes for dense rotations
@@ -77,11 +77,21 @@ def address(array: npt.NDArray[Any]) -> int:
     return cast(int, array.__array_interface__["data"][0])
 
 
+def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """Zeros at a multiple of a cache line: NumPy's own 16 bytes make registers straddle lines."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + CACHE_LINE, np.uint8)
+    start = -address(memory) % CACHE_LINE
+    aligned: npt.NDArray[Any] = memory[start : start + size].view(dtype).reshape(shape)
+    return aligned
+
+
 def scratch(dim: int) -> int:
     """Address of this thread's scratch rows for vectors of one length, zero behind the row."""
     known: dict[int, tuple[int, Any]] = _thread.__dict__.setdefault("scratch", {})
     if dim not in known:
-        rows = np.zeros(scratch_floats(dim, target().width), np.float32)
+        rows = aligned_zeros((scratch_floats(dim, target().width),), np.float32)
         known[dim] = (address(rows), rows)
     return known[dim][0]
 

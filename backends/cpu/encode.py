@@ -148,6 +148,7 @@ def _encode_in_memory(s: Simd, plan: Plan, a: Arguments) -> None:
     with s.loop(a.rows) as i:
         source = s.at(a.source, s.b.mul(i, a.source_pitch))
         load_row(s, plan, source, row, rotation.first_signs)
+        s.prefetch(s.at(source, a.source_pitch), min(BYTES_AHEAD, ITEM_SIZE[plan.dtype] * plan.dim))
         norm, exponent = normalize_memory(s, row, registers_of_row(plan.dim, s.width), partial)
         rotation.forward()
         write_row(s, plan, a, writer, i, norm, exponent)
