@@ -103,6 +103,15 @@ def cut(
     )
 
 
+@lru_cache(maxsize=16)
+def _cut_again(
+    starts: bytes, positions: bytes, lens: bytes, group: int, kv_heads: int, window: int
+) -> Cut:
+    """`cut`, remembered: all layers of a step have the same lengths."""
+    a, b, c = (np.frombuffer(data, np.int64) for data in (starts, positions, lens))
+    return cut(a, b, c, group, kv_heads, window)
+
+
 def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch) -> None:
     """Fill batch.out and batch.lse."""
     tokens, heads, dim = batch.query.shape
@@ -117,7 +126,8 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
     positions = lens - np.diff(starts)
     if batch.query_positions is not None:
         positions = batch.query_positions.astype(np.int64)
-    work = cut(starts, positions, lens, group, kv_heads, batch.sliding_window)
+    lengths = (starts.tobytes(), positions.tobytes(), lens.tobytes())
+    work = _cut_again(*lengths, group, kv_heads, batch.sliding_window)
     plain = batch.query.astype(np.float32)
     rotated = (plain.reshape(-1, dim) @ _into_tiles(key_spec)).reshape(tokens, kv_heads, group, -1)
     query = aligned_zeros((kv_heads, tokens, group, rotated.shape[-1]), np.float32)
