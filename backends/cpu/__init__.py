@@ -6,12 +6,11 @@ kernels.py what a kernel is, compile.py how it is compiled and cached.
 
 from __future__ import annotations
 
-from typing import Any
-
 import llvmlite
 import numba
 import numpy as np
 
+from ..reference import empty, first_non_finite
 from .attention import attention
 from .codec import decode, encode
 from .compile import cache_directory
@@ -55,14 +54,3 @@ def describe() -> dict[str, str]:
         "threads": str(num_threads()),
         "cache": cache_directory() or "not writable: kernels are compiled in every process",
     }
-
-
-def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
-    """An uninitialised array in host memory."""
-    return np.empty(shape, dtype)
-
-
-def first_non_finite(scales: Any) -> int | None:
-    """Flat index of the first NaN or infinity."""
-    bad = ~np.isfinite(scales.reshape(-1))
-    return int(bad.argmax()) if bad.any() else None

@@ -19,7 +19,7 @@ from turboquant_np._spec import CodecSpec
 
 from .attend import STATE_BYTES
 from .attend_units import CALL, MERGE, UNIT, attend_scratch_bytes
-from .codec import address, aligned_zeros, check_status, constants_of
+from .codec import address, aligned_empty, check_status, constants_of
 from .compile import compiled
 from .kernels import Plan
 from .simd import target
@@ -130,7 +130,7 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
     work = _cut_again(*lengths, group, kv_heads, batch.sliding_window)
     plain = batch.query.astype(np.float32)
     rotated = (plain.reshape(-1, dim) @ _into_tiles(key_spec)).reshape(tokens, kv_heads, group, -1)
-    query = aligned_zeros((kv_heads, tokens, group, rotated.shape[-1]), np.float32)
+    query = aligned_empty((kv_heads, tokens, group, rotated.shape[-1]), np.float32)
     query[...] = rotated.transpose(1, 0, 2, 3)
     bias = _offset_scores(batch, plain.reshape(tokens, kv_heads, group, dim), starts)
     results, states = _run(key_spec, value_spec, batch, work, query, bias)
@@ -173,7 +173,7 @@ def _run(
     results = np.empty((kv_heads, rows, padded), np.float32)
     result_states = np.empty((kv_heads, rows, STATE_BYTES // 4), np.float32)
     states = np.empty((work.places, STATE_BYTES // 4), np.float32)
-    outputs = aligned_zeros((work.places, padded), np.float32)
+    outputs = aligned_empty((work.places, padded), np.float32)
     root = dim**-0.5
     gains = np.array([batch.scale * root, root, batch.logits_soft_cap], np.float32)
     tables = np.ascontiguousarray(batch.block_tables, np.int64)
@@ -215,7 +215,7 @@ def _run(
         kernel = compiled(plan)
 
         def run(start: int, stop: int) -> None:
-            scratch = aligned_zeros((scratch_bytes,), np.uint8)
+            scratch = aligned_empty((scratch_bytes,), np.uint8)
             status = kernel(
                 address(call),
                 0,

@@ -77,11 +77,11 @@ def address(array: npt.NDArray[Any]) -> int:
     return cast(int, array.__array_interface__["data"][0])
 
 
-def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """Zeros at a multiple of a cache line: NumPy's own 16 bytes make registers straddle lines."""
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """Memory at a multiple of a cache line: NumPy's own 16 bytes make registers straddle lines."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + CACHE_LINE, np.uint8)
+    memory = np.empty(size + CACHE_LINE, np.uint8)
     start = -address(memory) % CACHE_LINE
     aligned: npt.NDArray[Any] = memory[start : start + size].view(dtype).reshape(shape)
     return aligned
@@ -91,7 +91,8 @@ def scratch(dim: int) -> int:
     """Address of this thread's scratch rows for vectors of one length, zero behind the row."""
     known: dict[int, tuple[int, Any]] = _thread.__dict__.setdefault("scratch", {})
     if dim not in known:
-        rows = aligned_zeros((scratch_floats(dim, target().width),), np.float32)
+        rows = aligned_empty((scratch_floats(dim, target().width),), np.float32)
+        rows[:] = 0
         known[dim] = (address(rows), rows)
     return known[dim][0]
 
