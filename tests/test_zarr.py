@@ -95,6 +95,14 @@ def test_a_chunk_holds_the_codes_and_then_the_scales(x: Any) -> None:
     assert store._store_dict["c/1/1/0"].to_bytes() == packed.tobytes() + norms.tobytes()
 
 
+def test_scales_behind_an_odd_number_of_code_bytes() -> None:
+    x = np.random.default_rng(4).standard_normal((9, 3, 50), dtype=np.float32)
+    store = zarr.storage.MemoryStore()
+    create(store, shape=x.shape, chunks=(3, 1, 50), serializer=TurboQuantCodec(bits=4))[:] = x
+    packed, norms = TurboQuant(head_dim=50, bits=4).encode(x[6:, 1:2])  # 3 x 25 bytes, no copy
+    assert store._store_dict["c/2/1/0"].to_bytes() == packed.tobytes() + norms.tobytes()
+
+
 def test_rows_longer_than_head_dim_are_cut_into_vectors(x: Any) -> None:
     rows = x.reshape(100, 512)
     array = create(

@@ -111,11 +111,20 @@ class ChunkSettings:
         array, uint8, 1-d
             Of the same library.
         """
-        self._num_vectors(chunk.shape)
-        vectors = chunk.reshape(*chunk.shape[:-1], -1, self.quantizer.head_dim)
-        packed, scales = self.quantizer.encode(vectors)
-        scale_bytes = scales.astype(SCALE_DTYPE, copy=False).reshape(-1).view(np.uint8)
-        return np.concatenate([packed.reshape(-1), scale_bytes])
+        n = self._num_vectors(chunk.shape)
+        quantizer = self.quantizer
+        vectors = chunk.reshape(*chunk.shape[:-1], -1, quantizer.head_dim)  # a view, any strides
+        # Codes and scales are written to their places: joining them later would copy all of them.
+        data = np.empty(self.encoded_size(chunk.shape), np.uint8, like=chunk)
+        split = n * quantizer.packed_dim
+        packed = data[:split].reshape(*vectors.shape[:-1], quantizer.packed_dim)
+        if split % SCALE_BYTES == 0 and SCALE_DTYPE.isnative:
+            scales = data[split:].view(SCALE_DTYPE).reshape(vectors.shape[:-1])
+            quantizer.encode(vectors, out=(packed, scales))
+        else:  # scales would not be aligned, or not in this machine's byte order
+            packed[...], norms = quantizer.encode(vectors)
+            data[split:] = norms.astype(SCALE_DTYPE, copy=False).reshape(-1).view(np.uint8)
+        return data
 
     def keep_untouched(self, new: Any, old: Any, touched: Any) -> Any:
         """Bytes of a chunk: `new` for vectors with a `touched` value, `old` for the others.
