@@ -1,0 +1,89 @@
+"""Time decoding with caches that are already long."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+
+from .caches import Cache, make_cache
+from .generate import Batch
+from .model import Model
+
+__all__ = ["fill", "print_benchmark"]
+
+WARM_UP, LEAST_STEPS, LEAST_SECONDS = 3, 8, 3.0
+MOST_STEPS = 128
+
+
+def fill(model: Model, cache: Cache, tokens: int, seed: int) -> int:
+    """A sequence of random keys and values: reading as long a text would take minutes on a CPU.
+
+    How fast attention is does not depend on the numbers.  Keys have the norms of the model's own.
+    """
+    xp, c = model.xp, model.config
+    random = xp.random.default_rng(seed)
+    sequence = cache.allocate()
+    while tokens:
+        count = min(tokens, 512)
+        step = cache.begin_step([sequence], [count])
+        for layer in range(c.layers):
+            shape = (count, c.kv_heads, c.head_dim)
+            keys, values = (random.standard_normal(shape, dtype=np.float32) for _ in "kv")
+            step.append(layer, (keys * 2).astype(model.dtype), values.astype(model.dtype))
+        tokens -= count
+    return sequence
+
+
+def time_decoding(model: Model, cache: Cache, context: int, count: int) -> dict[str, Any]:
+    """`count` sequences of about `context` tokens, one more token each in every step."""
+    steps = MOST_STEPS + WARM_UP + 1
+    batch = Batch(model, cache)
+    for seed in range(count):
+        sequence = fill(model, cache, context - steps - 1, seed)
+        batch.submit([1 + seed], sequence=sequence, max_new_tokens=steps + 1)
+    for _ in range(WARM_UP):
+        batch.step()
+    done, start = 0, time.perf_counter()
+    while done < MOST_STEPS:
+        batch.step()  # its tokens come to the host, so nothing is left running
+        done += 1
+        elapsed = time.perf_counter() - start
+        if done >= LEAST_STEPS and elapsed > LEAST_SECONDS:
+            break
+    stats = cache.stats()
+    return {
+        "ms/step": 1e3 * elapsed / done,
+        "tokens/s": count * done / elapsed,
+        "bytes/token": stats["used_bytes"] / stats["stored_tokens"],
+        "MB": stats["used_bytes"] / 1e6,
+    }
+
+
+def print_benchmark(model: Model, options: argparse.Namespace) -> None:
+    """A row for each cache, context and batch."""
+    bits = f"{options.key_bits}/{options.value_bits}"
+    print("| cache | context | batch | ms a step | tokens/s | bytes a token | cache in MB |")
+    print("|-|-|-|-|-|-|-|")
+    for kind in ("float", "turboquant"):
+        for context in options.contexts:
+            for count in options.batches:
+                cache = make_cache(
+                    model.config,
+                    kind,
+                    max_sequences=count,
+                    max_tokens=context,
+                    key_bits=options.key_bits,
+                    value_bits=options.value_bits,
+                    device=options.device,
+                    dtype=model.dtype,
+                )
+                row = time_decoding(model, cache, context, count)
+                name = f"{model.dtype}" if kind == "float" else f"turboquant {bits}"
+                print(
+                    f"| {name} | {context} | {count} | {row['ms/step']:.1f} "
+                    f"| {row['tokens/s']:.1f} | {row['bytes/token']:.0f} | {row['MB']:.0f} |",
+                    flush=True,
+                )
