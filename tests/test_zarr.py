@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,42 @@ def test_rewriting_one_vector_a_hundred_times_does_not_wear_out_its_neighbours()
     after = array[:]
     kept = np.arange(20) != 3
     assert_bits_equal(after[kept], before[kept])
+
+
+# -- the pipeline without an event loop (Zarr 3.4 and later, not the default) ----------------------
+
+
+@pytest.fixture
+def fused() -> Iterator[None]:
+    if not hasattr(zarr.core.codec_pipeline, "FusedCodecPipeline"):
+        pytest.skip(f"zarr {zarr.__version__} has no FusedCodecPipeline")
+    path = "zarr.core.codec_pipeline.FusedCodecPipeline"
+    with zarr.config.set({"codec_pipeline.path": path}):
+        yield
+
+
+@pytest.mark.usefixtures("fused")
+@LAYOUTS
+@pytest.mark.parametrize("selection", SELECTIONS, ids=str)
+def test_reading_parts_without_an_event_loop(selection: Any, shards: Any, x: Any) -> None:
+    array = create(shards=shards)
+    array[:] = x
+    assert_bits_equal(np.asarray(array[selection]), direct(x)[selection])
+
+
+@pytest.mark.usefixtures("fused")
+def test_writing_parts_without_an_event_loop_wears_out_no_neighbours() -> None:
+    x = random_vectors((20, 64))
+    array = create(shape=x.shape, chunks=(20, 64), serializer=TurboQuantCodec(bits=1))
+    array[:] = x
+    for i in range(100):
+        array[3] = x[3] + i
+    tq = TurboQuant(head_dim=64, bits=1)
+    expected = direct(x, tq)
+    expected[3] = direct(x[3] + 99, tq)
+    assert_bits_equal(array[:], expected)
+    array[:] = 0
+    assert array.nchunks_initialized == 0
 
 
 # -- asynchronous, from threads, by name -----------------------------------------------------------

@@ -27,9 +27,10 @@ except ImportError as error:
     raise missing_extra(__name__, "zarr", error) from error
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Self
 
-    from zarr.abc.store import ByteGetter, ByteSetter
+    from zarr.abc.store import ByteGetter, ByteRequest, ByteSetter
     from zarr.core.array_spec import ArraySpec
     from zarr.core.buffer import Buffer, NDBuffer
 
@@ -161,41 +162,53 @@ class TurboQuantCodec(ChunkSettings, _Serializer):
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
         return await asyncio.to_thread(self._decode_sync, chunk_bytes, chunk_spec)
 
+    # Zarr's usual pipeline calls the asynchronous methods, its FusedCodecPipeline the others.
+
     async def _decode_partial_single(
         self, byte_getter: ByteGetter, selection: Any, chunk_spec: ArraySpec
     ) -> NDBuffer | None:
-        shape, prototype = chunk_spec.shape, chunk_spec.prototype
-        rows, shifted = _rows_read(selection[0], shape[0])
-        if len(shape) == 1 or len(rows) == shape[0]:
-            data = await byte_getter.get(prototype)
-            if data is None:
-                return None
-            return (await self._decode_single(data, chunk_spec))[selection]
+        prototype = chunk_spec.prototype
+        requests = self._byte_requests(selection, chunk_spec.shape)
+        parts = await asyncio.gather(*(byte_getter.get(prototype, r) for r in requests))
+        return await asyncio.to_thread(self._decode_parts, parts, selection, chunk_spec)
 
+    def _decode_partial_sync(
+        self, byte_getter: Any, selection: Any, chunk_spec: ArraySpec
+    ) -> NDBuffer | None:
+        requests = self._byte_requests(selection, chunk_spec.shape)
+        parts = [
+            byte_getter.get_sync(prototype=chunk_spec.prototype, byte_range=r) for r in requests
+        ]
+        return self._decode_parts(parts, selection, chunk_spec)
+
+    def _byte_requests(self, selection: Any, shape: tuple[int, ...]) -> list[ByteRequest | None]:
+        """What to read of a chunk: all of it, or the codes of some rows and their scales."""
+        rows, _ = _rows_read(selection[0], shape[0])
+        if len(shape) == 1 or len(rows) == shape[0]:
+            return [None]
         vectors_per_row = math.prod(shape[1:]) // self.quantizer.head_dim
         row_bytes = vectors_per_row * self.quantizer.packed_dim
         row_scale_bytes = vectors_per_row * SCALE_BYTES
-        scales_start = shape[0] * row_bytes
         # The scales are read to the end of the chunk, so that a chunk of another size is noticed.
-        codes, scales = await asyncio.gather(
-            byte_getter.get(
-                prototype, RangeByteRequest(rows.start * row_bytes, rows.stop * row_bytes)
-            ),
-            byte_getter.get(
-                prototype, OffsetByteRequest(scales_start + rows.start * row_scale_bytes)
-            ),
-        )
-        if codes is None or scales is None:
+        return [
+            RangeByteRequest(rows.start * row_bytes, rows.stop * row_bytes),
+            OffsetByteRequest(shape[0] * row_bytes + rows.start * row_scale_bytes),
+        ]
+
+    def _decode_parts(
+        self, parts: Sequence[Buffer | None], selection: Any, chunk_spec: ArraySpec
+    ) -> NDBuffer | None:
+        """The selected part of a chunk, from the bytes that `_byte_requests` asked for."""
+        present = [part for part in parts if part is not None]
+        if len(present) < len(parts):
             return None
-        chunk = await asyncio.to_thread(
-            self.decode_rows,
-            codes.as_array_like(),
-            scales.as_array_like(),
-            rows,
-            shape,
-            chunk_spec.dtype.to_native_dtype(),
-        )
-        return prototype.nd_buffer.from_ndarray_like(chunk)[(shifted, *selection[1:])]
+        if len(present) == 1:
+            return self._decode_sync(present[0], chunk_spec)[selection]
+        codes, scales = (part.as_array_like() for part in present)
+        shape, dtype = chunk_spec.shape, chunk_spec.dtype.to_native_dtype()
+        rows, shifted = _rows_read(selection[0], shape[0])
+        chunk = self.decode_rows(codes, scales, rows, shape, dtype)
+        return chunk_spec.prototype.nd_buffer.from_ndarray_like(chunk)[(shifted, *selection[1:])]
 
     async def _encode_partial_single(
         self, byte_setter: ByteSetter, chunk_array: NDBuffer, selection: Any, chunk_spec: ArraySpec
@@ -210,6 +223,18 @@ class TurboQuantCodec(ChunkSettings, _Serializer):
             await byte_setter.delete()
         else:
             await byte_setter.set(data)
+
+    def _encode_partial_sync(
+        self, byte_setter: Any, chunk_array: NDBuffer, selection: Any, chunk_spec: ArraySpec
+    ) -> None:
+        old = None
+        if not _is_whole(selection, chunk_spec.shape):
+            old = byte_setter.get_sync(prototype=chunk_spec.prototype)
+        data = self._encode_update(old, chunk_array.as_ndarray_like(), selection, chunk_spec)
+        if data is None:
+            byte_setter.delete_sync()
+        else:
+            byte_setter.set_sync(data)
 
     def _encode_update(
         self, old: Buffer | None, values: Any, selection: Any, chunk_spec: ArraySpec
