@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 __all__ = ["Goal", "goals"]
 
 Document = dict[str, Any]
+Rows = list[dict[str, Any]]
 
 
 class Goal(NamedTuple):
@@ -26,7 +27,28 @@ class Goal(NamedTuple):
         return self.measured <= self.needed if self.at_most else self.measured >= self.needed
 
 
-def _find(rows: list[dict[str, Any]], key: str, **settings: Any) -> float | None:
+def goals(document: Document) -> Iterator[Goal]:
+    """The goals for the device of the document, of the sections that were run."""
+    options = document["about"]["options"]
+    asked = options["sections"]
+    if options["device"] == "cuda":
+        if "codec" in asked:
+            yield from _cuda_codec(document["lines"])
+        if "attention" in asked:
+            yield from _cuda_attention(document["lines"], document["peers"])
+        return
+    if "codec" in asked:
+        yield from _codec(document["lines"], document["peers"])
+    if "attention" in asked:
+        yield from _attention(document["lines"], document["peers"])
+    if "startup" in asked:
+        startup = document["startup"]
+        yield Goal("import", 0.3, "s", startup["import_seconds"], at_most=True)
+        first = startup["first_encode_seconds"]
+        yield Goal("first encode, kernels cached", 2, "s", first, at_most=True)
+
+
+def _find(rows: Rows, key: str, **settings: Any) -> float | None:
     """`key` of the row that has these settings."""
     for row in rows:
         if settings.items() <= row.items():
@@ -34,38 +56,92 @@ def _find(rows: list[dict[str, Any]], key: str, **settings: Any) -> float | None
     return None
 
 
-def goals(document: Document) -> Iterator[Goal]:
-    """The goals for the CPU: d = 128, float32, 4 bits, one core where nothing else is said."""
-    codec, peers, startup = document["codec"], document["peers"], document["startup"]
-    base = {"head_dim": 128, "bits": 4, "dtype": "float32"}
+def _codec(lines: Rows, peers: Rows) -> Iterator[Goal]:
+    """d = 128, float32, 4 bits, one core where nothing else is said."""
+    base = {"section": "codec", "head_dim": 128, "bits": 4, "dtype": "float32"}
 
     def speed(operation: str, threads: int) -> float | None:
-        return _find(codec, "mvec_s", operation=operation, rounds=3, threads=threads, **base)
+        key = {"operation": operation, "rounds": 3, "threads": threads}
+        found = _find(lines, "items_per_second", **base, **key)
+        return None if found is None else found / 1e6
 
     one, two = speed("encode", 1), speed("encode", 2)
-    yield Goal("encode, 3 Hadamard rounds", 12, "Mvec/s", one)
-    yield Goal("decode", 15, "Mvec/s", speed("decode", 1))
+    yield Goal("encode, 3 Hadamard rounds, one core", 14, "Mvec/s", one)
+    yield Goal("decode, 3 Hadamard rounds, one core", 15, "Mvec/s", speed("decode", 1))
     yield Goal("encode, 2 cores over 1", 1.8, "x", two / one if one and two else None)
     haar = [
-        _find(codec, "share", operation=operation, rounds=0, threads=1, **base)
+        _find(lines, "share", operation=operation, rounds=0, threads=1, **base)
         for operation in ("encode", "decode")
     ]
     shares = [share for share in haar if share is not None]
     yield Goal("Haar, of the float64 matrix product", 0.6, "", min(shares, default=None))
-    for peer, head_dim, three_rounds, one_round in (
-        ("faiss tqmse + rotation", 128, 30, 60),
-        ("turbovec add", 128, 10, 20),
-        ("turbovec add", 768, 4, None),
-        ("turbovec add", 1536, 4, None),
+    for operation, peer, head_dim, variant, needed in (
+        ("encode", "faiss tqmse + rotation", 128, "3 rounds", 30),
+        ("encode", "faiss tqmse + rotation", 128, "1 round", 60),
+        ("encode", "turbovec add", 128, "3 rounds", 10),
+        ("encode", "turbovec add", 128, "1 round", 20),
+        ("encode", "turbovec add", 768, "3 rounds", 4),
+        ("encode", "turbovec add", 1536, "3 rounds", 4),
+        ("decode", "faiss tqmse, no rotation", 128, "1 round", 2),
+        ("decode", "faiss tqmse + rotation", 128, "3 rounds", 7),
     ):
-        settings = {"peer": peer, "head_dim": head_dim, "bits": 4, "threads": 1}
-        what = f"encode over {peer}, d = {head_dim}"
-        ratio = _find(peers, "ratio_3_rounds", **settings)
-        yield Goal(f"{what}, 3 rounds", three_rounds, "x", ratio)
-        if one_round:
-            ratio = _find(peers, "ratio_1_round", **settings)
-            yield Goal(f"{what}, 1 round", one_round, "x", ratio)
-    yield Goal("import", 0.3, "s", startup["import_seconds"], at_most=True)
-    yield Goal(
-        "first encode, kernels cached", 2, "s", startup["first_encode_seconds"], at_most=True
-    )
+        settings = {"operation": operation, "peer": peer, "head_dim": head_dim, "bits": 4}
+        ratio = _find(peers, "ratio", threads=1, ours=variant, **settings)
+        yield Goal(f"{operation} over {peer}, d = {head_dim}, {variant}", needed, "x", ratio)
+
+
+def _attention(lines: Rows, peers: Rows) -> Iterator[Goal]:
+    """One sequence, 32 query and 8 kv heads of 128, 4 bits, two cores."""
+    base = {"section": "attention", "batch": 1, "threads": 2, "head_dim": 128}
+    step = {**base, "operation": "step", "context": 8192}
+    share = _find(lines, "share", key_bits=4, value_bits=4, group=4, **step)
+    yield Goal("attention step, 2 cores, of the multiply-add peak", 0.75, "", share)
+    for peer, operation, context, needed in (
+        ("torch SDPA bfloat16", "step", 8192, 3.5),
+        ("torch SDPA float32", "prefill", 1024, 1.0),
+    ):
+        settings = {**base, "operation": operation, "context": context, "peer": peer}
+        ratio = _find(peers, "ratio", ours="4 bits", **settings)
+        yield Goal(f"attention, {operation} of {context}, over {peer}", needed, "x", ratio)
+
+
+def _cuda_codec(lines: Rows) -> Iterator[Goal]:
+    """d = 128, float16, 4 bits; of a device copy."""
+    base = {"section": "codec", "head_dim": 128, "bits": 4, "dtype": "float16"}
+    for operation, rounds, needed in (
+        ("encode", 1, 0.85),
+        ("encode", 3, 0.60),
+        ("decode", 1, 0.85),
+        ("decode", 3, 0.65),
+    ):
+        share = _find(lines, "share", operation=operation, rounds=rounds, **base)
+        yield Goal(f"{operation}, rounds: {rounds}, of a device copy", needed, "", share)
+
+
+CUDA_STEPS = {  # (batch, context): share of a device copy by bits
+    (32, 8192): {4: 0.91, 3: 0.87, 2: 0.82},
+    (64, 2048): {4: 0.82, 3: 0.78, 2: 0.70},
+    (1, 131072): {4: 0.86, 3: 0.80, 2: 0.74},
+}
+CUDA_MICROSECONDS = {4: 11, 3: 11, 2: 10}  # batch 1, context 8192
+CUDA_OVER_FLASHINFER = {4: 4.0, 3: 5.0, 2: 6.5}  # batch 32, context 8192
+
+
+def _cuda_attention(lines: Rows, peers: Rows) -> Iterator[Goal]:
+    """32 query and 8 kv heads of 128, 16-token pages in random order, in a CUDA graph."""
+    base = {"section": "attention", "operation": "step", "group": 4, "head_dim": 128}
+    base |= {"block_size": 16, "dtype": "float16"}
+    for (batch, context), needed in CUDA_STEPS.items():
+        for bits, share in needed.items():
+            settings = {"batch": batch, "context": context, "key_bits": bits, "value_bits": bits}
+            measured = _find(lines, "share", **base, **settings)
+            yield Goal(f"batch {batch} x {context}, {bits} bits, of a copy", share, "", measured)
+    for bits, microseconds in CUDA_MICROSECONDS.items():
+        settings = {"batch": 1, "context": 8192, "key_bits": bits, "value_bits": bits}
+        seconds = _find(lines, "seconds", **base, **settings)
+        time = None if seconds is None else seconds * 1e6
+        yield Goal(f"batch 1 x 8192, {bits} bits", microseconds, "us", time, at_most=True)
+    for bits, ratio in CUDA_OVER_FLASHINFER.items():
+        shape = {"batch": 32, "context": 8192, "query_heads": 32}
+        measured = _find(peers, "ratio", peer="FlashInfer float16", ours=f"{bits} bits", **shape)
+        yield Goal(f"batch 32 x 8192, {bits} bits, over FlashInfer float16", ratio, "x", measured)

@@ -1,152 +1,142 @@
-"""Other libraries on the same data, in turns with ours.
-
-Each adapter takes float32 vectors [n, d] and a bit width and returns a call that encodes them.  It
-raises ImportError if the library is not installed, ValueError if it has no such bit width.
-"""
+"""Other libraries on the same data, in turns with ours; and which of them are missing, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .. import TurboQuant
-from .codec import CodecBench
-from .timing import Call, alternate
+from .timing import Call, Runner, alternate
+from .workbench import Row, Task, Workbench
 
-__all__ = ["PEERS", "PeerResult", "compare", "installed_peers"]
-
-VALUES_AT_ONCE = 2**22  # slow peers need seconds for more
-
-
-def faiss_rotated(x: Any, bits: int) -> Call:
-    """Its TurboQuant codes behind its random rotation; no norm is computed or stored."""
-    import faiss
-
-    rotation = faiss.RandomRotationMatrix(x.shape[1], x.shape[1])
-    rotation.init(1)
-    quantizer = _faiss_quantizer(x, bits)
-    return lambda: quantizer.compute_codes(rotation.apply(x))
-
-
-def faiss_plain(x: Any, bits: int) -> Call:
-    """The same codes without any rotation: what is left is rounding and packing."""
-    quantizer = _faiss_quantizer(x, bits)
-    return lambda: quantizer.compute_codes(x)
-
-
-def _faiss_quantizer(x: Any, bits: int) -> Any:
-    import faiss
-
-    kind = getattr(faiss.ScalarQuantizer, f"QT_{bits}bit_tqmse", None)
-    if kind is None:
-        raise ValueError(f"faiss has no {bits}-bit TurboQuant codes")
-    quantizer = faiss.ScalarQuantizer(x.shape[1], kind)
-    quantizer.train(x)
-    return quantizer
-
-
-def turbovec_add(x: Any, bits: int) -> Call:
-    """Adding to its index; there is no decoder."""
-    import turbovec
-
-    if bits not in (2, 3, 4):
-        raise ValueError(f"turbovec has no {bits}-bit codes")
-    index = turbovec.TurboQuantIndex(x.shape[1], bits)
-    return lambda: index.add(x, chunk_size=0)
-
-
-def turbo_quant_lite(x: Any, bits: int) -> Call:
-    """Its batched encoder; codes are left unpacked."""
-    import turbo_quant_lite as lite
-
-    if bits > 4:
-        raise ValueError(f"turbo-quant-lite has no {bits}-bit codes")
-    quantizer = lite.TurboQuant(x.shape[1], bits)
-    return lambda: quantizer.encode_batch(x)
+__all__ = ["Peer", "compare", "missing_row", "why_missing"]
 
 
 @dataclass(frozen=True)
 class Peer:
+    """A library, and how it is called.
+
+    Attributes
+    ----------
+    name : str
+    distribution, module : str
+        What pip installs, and what is imported.
+    devices : tuple of str
+    calls : callable
+        Makes what is timed from a problem; what exactly, the sections say.  Raises ValueError if
+        the library cannot do that.
+    """
+
     name: str
     distribution: str
-    encoder: Callable[[Any, int], Call]
+    module: str
+    devices: tuple[str, ...]
+    calls: Callable[..., Any]
 
     @property
     def version(self) -> str:
         return version(self.distribution)
 
 
-PEERS = (
-    Peer("faiss tqmse + rotation", "faiss-cpu", faiss_rotated),
-    Peer("faiss tqmse, no rotation", "faiss-cpu", faiss_plain),
-    Peer("turbovec add", "turbovec", turbovec_add),
-    Peer("turbo-quant-lite", "turbo-quant-lite", turbo_quant_lite),
-)
-
-
-@dataclass(frozen=True)
-class PeerResult:
-    """Encoding speed of a peer and ours in the same turns; times faster for 3 rounds and for 1."""
-
-    peer: str
-    version: str
-    head_dim: int
-    bits: int
-    threads: int
-    vectors: int
-    peer_mvec_s: float
-    ours_3_rounds_mvec_s: float
-    ours_1_round_mvec_s: float
-
-    @property
-    def ratio_3_rounds(self) -> float:
-        return self.ours_3_rounds_mvec_s / self.peer_mvec_s
-
-    @property
-    def ratio_1_round(self) -> float:
-        return self.ours_1_round_mvec_s / self.peer_mvec_s
-
-
-def installed_peers() -> list[Peer]:
-    """Those whose library can be imported."""
-    import numpy as np
-
-    found = []
-    for peer in PEERS:
-        try:
-            peer.encoder(np.ones((64, 64), np.float32), 4)
-        except ImportError:
-            continue
-        found.append(peer)
-    return found
-
-
-def compare(peer: Peer, head_dim: int, bits: int, bench: CodecBench) -> PeerResult | None:
-    """Encode the same vectors with the peer and with ours; None if it has no such bit width."""
-    rows = max(1, min(VALUES_AT_ONCE * 4, bench.num_bytes) // (4 * head_dim))
-    x = bench.vectors(head_dim, "float32", rows)
+def why_missing(peer: Peer, device: str) -> str | None:
+    """None if the peer can run on this device, else the reason."""
+    if device not in peer.devices:
+        where = {"cpu": "CPUs", "cuda": "GPUs"}
+        return f"works on {' and '.join(where[d] for d in peer.devices)} only"
     try:
-        theirs = peer.encoder(x, bits)
-    except ValueError:
-        return None
+        version(peer.distribution)
+    except PackageNotFoundError:
+        return f"not installed: pip install {peer.distribution}"
+    try:
+        module = import_module(peer.module)
+    except Exception as error:  # a library that is broken here must not end the benchmark
+        return f"import {peer.module} fails: {_first_line(error)}"
+    if device == "cuda" and peer.module == "torch" and not module.cuda.is_available():
+        return f"torch {peer.version} finds no GPU"
+    return None
 
-    def ours(rounds: int) -> Call:
-        tq = TurboQuant(head_dim=head_dim, bits=bits, hadamard_rounds=rounds, backend=bench.backend)
-        out = tq.encode(x)
-        return lambda: tq.encode(x, out=out)
 
-    seconds = alternate({"theirs": theirs, "three": ours(3), "one": ours(1)})
-    mvec_s = {name: rows / time / 1e6 for name, time in seconds.items()}
-    return PeerResult(
-        peer=peer.name,
-        version=peer.version,
-        head_dim=head_dim,
-        bits=bits,
-        threads=bench.threads,
-        vectors=rows,
-        peer_mvec_s=mvec_s["theirs"],
-        ours_3_rounds_mvec_s=mvec_s["three"],
-        ours_1_round_mvec_s=mvec_s["one"],
-    )
+def missing_row(peer: Peer, section: str, reason: str) -> Row:
+    return {"section": section, "peer": peer.name, "missing": reason}
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+def compare(
+    bench: Workbench,
+    peer: Peer,
+    section: str,
+    operation: str,
+    settings: dict[str, Any],
+    items: int,
+    ours: Mapping[str, Sequence[Call]],
+    theirs: Sequence[Call],
+    *,
+    difference: float | None = None,
+) -> list[Row]:
+    """One row for each of ours: seconds of both, and how many times faster ours is.
+
+    Parameters
+    ----------
+    ours : mapping
+        Steps by the name of our variant.
+    theirs : sequence of callable
+    difference : float, optional
+        Of the results, relative; recorded.
+    """
+    runners: dict[str, Runner] = {
+        name: bench.clock.prepare(steps) for name, steps in {**ours, peer.name: theirs}.items()
+    }
+    seconds = alternate(runners)
+    return [
+        {
+            "section": section,
+            "operation": operation,
+            "peer": peer.name,
+            "version": peer.version,
+            **settings,
+            "threads": bench.threads,
+            "items": items,
+            "ours": name,
+            "peer_seconds": seconds[peer.name],
+            "our_seconds": seconds[name],
+            "ratio": seconds[peer.name] / seconds[name],
+            "peer_timed": runners[peer.name].timed,
+            "our_timed": runners[name].timed,
+            "difference": difference,
+        }
+        for name in ours
+    ]
+
+
+def guarded(peer: Peer, section: str, task: Task) -> Task:
+    """`task`, but a peer that fails becomes a row that says so."""
+
+    def run() -> list[Row]:
+        try:
+            return task()
+        except Exception as error:
+            return [missing_row(peer, section, f"failed: {_first_line(error)}")]
+
+    return run
+
+
+def peer_tasks(
+    bench: Workbench,
+    section: str,
+    peers: Iterable[Peer],
+    comparisons: Callable[[Workbench, Peer], Iterable[Task]],
+) -> Iterable[Task]:
+    """Comparisons with the peers that are there; one row for each that is not."""
+    for peer in peers:
+        if reason := why_missing(peer, bench.device):
+            row = missing_row(peer, section, reason)
+            yield lambda row=row: [row]  # type: ignore[misc]
+        else:
+            for task in comparisons(bench, peer):
+                yield guarded(peer, section, task)

@@ -1,32 +1,44 @@
-"""What the machine can do at best: read memory, copy memory, multiply float64 matrices."""
+"""What a machine can do at best: read memory, copy memory, multiply and add, multiply matrices."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from .timing import Call
 
-__all__ = ["CudaRooflines", "HostRooflines", "Rooflines", "matrix_product"]
+__all__ = ["CudaRooflines", "HostRooflines", "Roofline", "Rooflines"]
+
+ROUNDS = 100_000  # of multiply-adds, each some 20 million of them: a fraction of a millisecond
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """A call to be timed, and the bytes it moves or the operations it does."""
+
+    call: Call
+    amount: int
+    unit: str = "GB/s"
 
 
 class Rooflines(Protocol):
-    """Calls to be timed, and the bytes that each moves."""
+    """By name; None where a machine has no such limit that could be measured."""
 
-    read_bytes: int
-    copy_bytes: int
+    def read(self) -> Roofline: ...
 
-    def read(self) -> None: ...
+    def copy(self) -> Roofline: ...
 
-    def copy(self) -> None: ...
+    def multiply_add(self) -> Roofline | None: ...
+
+    def float64_product(self, rows: int, d: int) -> Roofline: ...
 
 
 class HostRooflines:
-    """Reading and copying host memory with a number of threads.
+    """Of host memory and CPU cores.
 
     Parameters
     ----------
@@ -39,6 +51,7 @@ class HostRooflines:
 
     def __init__(self, num_bytes: int, threads: int) -> None:
         source = np.ones(num_bytes // 4, np.float32)
+        self._threads = threads
         self._parts = list(
             zip(
                 np.array_split(source, threads),
@@ -47,14 +60,28 @@ class HostRooflines:
             )
         )
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
-        self.read_bytes = source.nbytes
-        self.copy_bytes = 2 * source.nbytes
+        self._bytes = source.nbytes
 
-    def read(self) -> None:
-        self._run(lambda source, _: source.max())
+    def read(self) -> Roofline:
+        """The largest of all numbers: NumPy reads as fast as one core can, unlike with `sum`."""
+        return Roofline(lambda: self._run(lambda source, _: source.max()), self._bytes)
 
-    def copy(self) -> None:
-        self._run(lambda source, target: np.copyto(target, source))
+    def copy(self) -> Roofline:
+        """Bytes read and bytes written."""
+        call: Call = lambda: self._run(lambda source, target: np.copyto(target, source))  # noqa: E731
+        return Roofline(call, 2 * self._bytes)
+
+    def multiply_add(self) -> Roofline | None:
+        """Fused multiply-adds of float32, on all threads."""
+        from .multiply_add import OPERATIONS_PER_ROUND, multiply_add, vector_width
+
+        operations = ROUNDS * OPERATIONS_PER_ROUND * vector_width() * self._threads
+        call: Call = lambda: self._run(lambda *_: multiply_add(ROUNDS))  # noqa: E731
+        return Roofline(call, operations, "G/s")
+
+    def float64_product(self, rows: int, d: int) -> Roofline:
+        """A product [rows, d] @ [d, d] by the BLAS of NumPy."""
+        return _matrix_product(np, rows, d)
 
     def _run(self, work: Callable[[Any, Any], Any]) -> None:
         if self._pool is None:
@@ -64,23 +91,30 @@ class HostRooflines:
 
 
 class CudaRooflines:
-    """Copying device memory; reading is compared with the copy too, as on GPUs both run alike."""
+    """Of device memory: a device-to-device copy of random numbers, read plus written bytes."""
 
     def __init__(self, num_bytes: int) -> None:
         import cupy
 
-        self._source = cupy.ones(num_bytes // 4, cupy.float32)
-        self._target = cupy.zeros_like(self._source)
-        self.read_bytes = self.copy_bytes = 2 * self._source.nbytes
+        self._cupy = cupy
+        random = cupy.random.default_rng(0)
+        self._source = random.random(max(1, num_bytes // 4), dtype=np.float32)
+        self._target = cupy.empty_like(self._source)
 
-    def copy(self) -> None:
-        self._target[...] = self._source
+    def copy(self) -> Roofline:
+        call: Call = lambda: self._cupy.copyto(self._target, self._source)  # noqa: E731
+        return Roofline(call, 2 * self._source.nbytes)
 
-    read = copy
+    read = copy  # GPUs do not read faster than they copy
+
+    def multiply_add(self) -> Roofline | None:
+        return None
+
+    def float64_product(self, rows: int, d: int) -> Roofline:
+        """By cuBLAS."""
+        return _matrix_product(self._cupy, rows, d)
 
 
-def matrix_product(rows: int, d: int, like: Any) -> Call:
-    """A float64 product [rows, d] @ [d, d], 2 rows d^2 operations, where the array `like` lives."""
-    xp: Any = np if isinstance(like, np.ndarray) else sys.modules["cupy"]
+def _matrix_product(xp: Any, rows: int, d: int) -> Roofline:
     left, right, out = xp.ones((rows, d)), xp.ones((d, d)), xp.empty((rows, d))
-    return lambda: xp.matmul(left, right, out=out)
+    return Roofline(lambda: xp.matmul(left, right, out=out), rows * d * d, "G/s")

@@ -5,19 +5,26 @@ from __future__ import annotations
 import datetime
 import platform
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from .. import TurboQuant, __version__
+from .. import __version__
 from .._backend import load
 from ..commands.doctor import PACKAGES, installed_version
-from ..commands.validate import judge
-from ..memory import MODELS, kv_bytes_per_token
+from ..commands.progress import ProgressBar
+from .checks import contexts, memory, validation
 from .goals import goals
+from .growth import slopes
+from .options import GROWTH, Options, usable_cores
 from .startup import first_encode_seconds, import_seconds
-from .worker import Options, measure, measure_in_process, usable_cores
+from .workbench import Row
+from .worker import measure, measure_in_process
 
-__all__ = ["default_device", "run"]
+__all__ = ["SCHEMA", "default_device", "run", "sort_rows"]
+
+SCHEMA = 2  # of the document; a change that breaks readers raises it
+TIMED = ("codec", "attention", "append", GROWTH)
 
 
 def default_device() -> str:
@@ -31,28 +38,57 @@ def run(options: Options) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``about``, ``codec``, ``peers``, ``startup``, ``validation``, ``memory``, ``goals``.
+        ``schema``, ``about``; ``lines`` (see `Line`), ``peers`` and ``missing`` (see `compare`);
+        ``growth`` (see `slopes`), ``startup``, ``validation``, ``memory``, ``contexts``, ``goals``.
+        What was not asked for is empty.
     """
-    document: dict[str, Any] = {"about": about(options), "codec": [], "peers": []}
-    if options.device == "cuda":
-        parts = [measure(options, threads=0)]
-    else:
-        cores = usable_cores()
-        counts = sorted({1, min(2, cores), cores})
-        parts = [measure_in_process(options, threads) for threads in counts]
-    for part in parts:
-        document["codec"] += part["codec"]
-        document["peers"] += part["peers"]
-    document["startup"] = {
-        "import_seconds": import_seconds(),
-        "first_encode_seconds": first_encode_seconds(options.backend),
-    }
-    document["validation"] = list(validation(options))
-    document["memory"] = memory()
-    document["goals"] = []
-    if options.device == "cpu":
-        document["goals"] = [goal._asdict() | {"met": goal.met} for goal in goals(document)]
+    document: dict[str, Any] = {"schema": SCHEMA, "about": about(options)}
+    document |= sort_rows(_timed_rows(options))
+    document["growth"] = list(slopes(document["lines"]))
+    document |= {"startup": {}, "validation": [], "memory": [], "contexts": []}
+    asked = options.sections
+    with ProgressBar("bench, one process", "sections") as progress:
+        if "startup" in asked:
+            progress(0, 2)
+            document["startup"] = {
+                "import_seconds": import_seconds(),
+                "first_encode_seconds": first_encode_seconds(options.backend),
+            }
+        progress(1, 2)
+        if "validation" in asked:
+            document["validation"] = validation(options)
+        progress(2, 2)
+    if "memory" in asked:
+        document |= {"memory": memory(), "contexts": contexts()}
+    document["goals"] = [goal._asdict() | {"met": goal.met} for goal in goals(document)]
     return document
+
+
+def _timed_rows(options: Options) -> list[Row]:
+    """From one process for a GPU, or one for each number of threads."""
+    if not set(TIMED) & set(options.sections):
+        return []
+    if options.device == "cuda":
+        return measure(options, threads=0)
+    cores = usable_cores()
+    counts = sorted({1, min(2, cores), cores})
+    if options.sections == (GROWTH,):
+        counts = sorted({1, *(2**k for k in range(1, cores.bit_length()) if 2**k <= cores), cores})
+    rows = []
+    for threads in counts:
+        rows += measure_in_process(options, threads, most_threads=threads == counts[-1])
+    return rows
+
+
+def sort_rows(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """``lines``, ``peers`` and ``missing``, what is missing once."""
+    kinds: dict[str, list[Row]] = {"lines": [], "peers": [], "missing": []}
+    for row in rows:
+        if "missing" not in row:
+            kinds["peers" if "peer" in row else "lines"].append(row)
+        elif row not in kinds["missing"]:
+            kinds["missing"].append(row)
+    return kinds
 
 
 def about(options: Options) -> dict[str, Any]:
@@ -91,30 +127,3 @@ def _device_name() -> str:
 
     name: bytes = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"]
     return name.decode()
-
-
-def validation(options: Options) -> list[dict[str, Any]]:
-    """Error of random vectors beside theory: the same judgement as ``turboquant-np validate``."""
-    head_dims = (64, 80, 128, 256) if options.full else (128,)
-    return [
-        {"head_dim": head_dim} | asdict(judge(_validate(options, head_dim, bits), "norm"))
-        for head_dim in head_dims
-        for bits in range(1, 9)
-    ]
-
-
-def _validate(options: Options, head_dim: int, bits: int) -> dict[str, Any]:
-    tq = TurboQuant(head_dim=head_dim, bits=bits, backend=options.backend)
-    return tq.validate(num_vectors=10_000, device=options.device)
-
-
-def memory() -> list[dict[str, Any]]:
-    """Bytes of keys and values per token, float16 beside 4, 3 and 2 bits."""
-    return [
-        {"model": model.name}
-        | {
-            "float16" if bits is None else f"{bits} bits": kv_bytes_per_token(model, bits)
-            for bits in (None, 4, 3, 2)
-        }
-        for model in MODELS
-    ]

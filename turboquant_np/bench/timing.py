@@ -3,70 +3,158 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import cycle
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
-__all__ = ["Call", "Timer", "alternate", "cuda_seconds", "host_seconds"]
+__all__ = ["Call", "Clock", "CudaClock", "HostClock", "Runner", "alternate"]
 
 Call = Callable[[], Any]
-Timer = Callable[[Call], float]
 
 
-def host_seconds(call: Call) -> float:
-    """Wall-clock seconds of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+@dataclass(frozen=True)
+class Runner:
+    """Something ready to be timed.
+
+    Attributes
+    ----------
+    seconds : callable
+        Runs it and returns the seconds that one step took.
+    timed : {"calls", "graph", "launches"}
+        Calls on the host, the replay of a CUDA graph of all steps, or all steps launched in a row.
+    """
+
+    seconds: Callable[[], float]
+    timed: str
 
 
-def cuda_seconds(call: Call) -> float:
-    """Seconds between two CUDA events around one call, on the current stream."""
-    import cupy
+class Clock(Protocol):
+    """How calls are timed on a device."""
 
-    start, end = cupy.cuda.Event(), cupy.cuda.Event()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3
+    def prepare(self, steps: Sequence[Call]) -> Runner:
+        """`steps` do the same work on different inputs, so that no cache keeps them."""
+
+
+class HostClock:
+    """Wall-clock time; each time the next step is called.
+
+    Examples
+    --------
+    >>> from turboquant_np.bench.timing import HostClock
+    >>> called = []
+    >>> runner = HostClock().prepare([lambda: called.append("a"), lambda: called.append("b")])
+    >>> all(runner.seconds() >= 0 for _ in range(3)), called
+    (True, ['a', 'b', 'a'])
+    """
+
+    def prepare(self, steps: Sequence[Call]) -> Runner:
+        turn = cycle(steps)
+
+        def seconds() -> float:
+            step = next(turn)
+            start = time.perf_counter()
+            step()
+            return time.perf_counter() - start
+
+        return Runner(seconds, "calls")
+
+
+class CudaClock:
+    """Device time between two events around a CUDA graph of all steps, a stream of its own.
+
+    What cannot be captured is launched step by step between the events; then a step that is shorter
+    than its launch on the host shows the launch.
+
+    Parameters
+    ----------
+    cuda : module, optional
+        ``cupy.cuda``, or something that behaves like it.
+    """
+
+    def __init__(self, cuda: Any = None) -> None:
+        if cuda is None:
+            import cupy
+
+            cuda = cupy.cuda
+        self.cuda = cuda
+        self.stream = cuda.Stream(non_blocking=True)
+
+    def prepare(self, steps: Sequence[Call]) -> Runner:
+        self.cuda.Device().synchronize()  # inputs were made on other streams
+        graph = self._capture(steps)
+        stream = self.stream
+
+        def launch_all() -> None:
+            with stream:
+                for step in steps:
+                    step()
+
+        def seconds() -> float:
+            start, stop = self.cuda.Event(), self.cuda.Event()
+            start.record(stream)
+            launch_all() if graph is None else graph.launch(stream)
+            stop.record(stream)
+            stop.synchronize()
+            return float(self.cuda.get_elapsed_time(start, stop)) / 1e3 / len(steps)
+
+        return Runner(seconds, "launches" if graph is None else "graph")
+
+    def _capture(self, steps: Sequence[Call]) -> Any:
+        """A graph of all steps, or None if something in them cannot be captured."""
+        with self.stream:
+            for step in steps:  # compiles, fills pools of memory
+                step()
+            self.stream.synchronize()
+            try:
+                self.stream.begin_capture()
+                for step in steps:
+                    step()
+                return self.stream.end_capture()
+            except Exception:
+                with suppress(Exception):  # the capture is invalid already; this ends it
+                    self.stream.end_capture()
+        self.stream = self.cuda.Stream(non_blocking=True)
+        return None
 
 
 def alternate(
-    calls: Mapping[str, Call],
-    timer: Timer = host_seconds,
+    runners: Mapping[str, Runner],
     *,
     min_rounds: int = 5,
     max_rounds: int = 50,
     min_seconds: float = 0.1,
 ) -> dict[str, float]:
-    """Median seconds of each call.
+    """Median seconds of each runner.
 
     Parameters
     ----------
-    calls : mapping of str to callable
-        Each is called once before anything is timed; then they take turns, one call a round.
-    timer : callable
-        Seconds of one call.
+    runners : mapping of str to Runner
+        Each runs once before anything counts; then they take turns, once a round.
     min_rounds, max_rounds : int
     min_seconds : float
-        Rounds go on until all calls together have taken this long.
+        Rounds go on until all of them together have taken this long.
 
     Examples
     --------
-    >>> from turboquant_np.bench.timing import alternate
-    >>> times = alternate({"sum": lambda: sum(range(1000)), "nothing": lambda: None}, min_rounds=9)
+    >>> from turboquant_np.bench.timing import HostClock, alternate
+    >>> clock = HostClock()
+    >>> calls = {"sum": lambda: sum(range(1000)), "nothing": lambda: None}
+    >>> runners = {name: clock.prepare([call]) for name, call in calls.items()}
+    >>> times = alternate(runners, min_rounds=9)
     >>> times["sum"] > times["nothing"] > 0
     True
     """
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for runner in runners.values():
+        runner.seconds()
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
     total = 0.0
     for done in range(max_rounds):
         if done >= min_rounds and total >= min_seconds:
             break
-        for name, call in calls.items():
-            seconds[name].append(timer(call))
+        for name, runner in runners.items():
+            seconds[name].append(runner.seconds())
             total += seconds[name][-1]
     return {name: median(times) for name, times in seconds.items()}

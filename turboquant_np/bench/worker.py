@@ -10,13 +10,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import product
+from dataclasses import asdict
 from typing import Any
 
-__all__ = ["Options", "measure", "measure_in_process", "usable_cores"]
+from .options import GROWTH, Options
+from .workbench import Row, Task, Workbench
+
+__all__ = ["collect_tasks", "measure", "measure_in_process"]
 
 THREAD_VARIABLES = (
     "TURBOQUANT_NP_NUM_THREADS",
@@ -28,55 +30,39 @@ THREAD_VARIABLES = (
 )
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to measure, and with how much data."""
+def collect_tasks(bench: Workbench, most_threads: bool) -> Iterable[Task]:
+    """What the options ask for; growth but for the number of threads in one process only."""
+    from . import append, attention, attention_peers, codec, codec_peers, growth
 
-    full: bool = False
-    peers: bool = False
-    device: str = "cpu"
-    backend: str = "auto"
-    megabytes: float = 64.0
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    sections = bench.options.sections
+    for name, module in (("codec", codec), ("attention", attention), ("append", append)):
+        if name in sections:
+            yield from module.tasks(bench)
+    if bench.options.peers:
+        for name, peers in (("codec", codec_peers), ("attention", attention_peers)):
+            if name in sections:
+                yield from peers.tasks(bench)
+    if GROWTH in sections:
+        yield from growth.tasks(bench, threads_only=not most_threads)
 
 
-def measure(options: Options, threads: int) -> dict[str, list[dict[str, Any]]]:
-    """Results of the codec and, if asked for, of its peers, from this process."""
+def measure(options: Options, threads: int, most_threads: bool = True) -> list[Row]:
+    """All rows that are measured in a process with so many threads."""
     from ..commands.progress import ProgressBar
-    from .codec import CodecBench, codec_cases
-    from .peers import compare, installed_peers
 
-    bench = CodecBench(options.device, threads, options.megabytes, options.backend)
-    cases = codec_cases(options.full)
-    head_dims = (64, 128, 256, 768, 1536) if options.full else (128, 768, 1536)
-    settings = [*product(head_dims, (4,)), *([(128, 2)] if options.full else [])]
-    compared = installed_peers() if options.peers else []
-    pairs = [(peer, *setting) for peer, setting in product(compared, settings)]
+    bench = Workbench(options, threads)
+    tasks = list(collect_tasks(bench, most_threads))
     where = options.device if options.device != "cpu" else f"{threads} threads"
-    codec, peers = [], []
+    rows: list[Row] = []
     with ProgressBar(f"bench, {where}", "cases") as progress:
-        total = len(cases) + len(pairs)
-        for done, case in enumerate(cases):
-            progress(done, total)
-            codec += [asdict(result) | {"share": result.share} for result in bench.measure(case)]
-        for done, (peer, head_dim, bits) in enumerate(pairs, len(cases)):
-            progress(done, total)
-            if result := compare(peer, head_dim, bits, bench):
-                ratios = {
-                    name: getattr(result, name) for name in ("ratio_3_rounds", "ratio_1_round")
-                }
-                peers.append(asdict(result) | ratios)
-        progress(total, total)
-    return {"codec": codec, "peers": peers}
+        for done, task in enumerate(tasks):
+            progress(done, len(tasks))
+            rows += task()
+        progress(len(tasks), len(tasks))
+    return rows
 
 
-def measure_in_process(options: Options, threads: int) -> dict[str, list[dict[str, Any]]]:
+def measure_in_process(options: Options, threads: int, most_threads: bool = True) -> list[Row]:
     """`measure` in a new process that may use `threads` cores.
 
     Raises
@@ -85,9 +71,10 @@ def measure_in_process(options: Options, threads: int) -> dict[str, list[dict[st
         If the process fails; its error stands on stderr.
     """
     environment = os.environ | {name: str(threads) for name in THREAD_VARIABLES}
+    settings = json.dumps([asdict(options), threads, most_threads])
     with _confined_to(threads):
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps([asdict(options), threads])],
+            [sys.executable, "-m", __name__, settings],
             stdout=subprocess.PIPE,
             env=environment,
             text=True,
@@ -96,7 +83,7 @@ def measure_in_process(options: Options, threads: int) -> dict[str, list[dict[st
         output, _ = process.communicate()
     if process.returncode:
         raise RuntimeError(f"a process of the benchmark ended with code {process.returncode}")
-    results: dict[str, list[dict[str, Any]]] = json.loads(output)
+    results: list[Row] = json.loads(output)
     return results
 
 
@@ -114,9 +101,16 @@ def _confined_to(cores: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def _main(arguments: list[Any]) -> None:
+    settings, threads, most_threads = arguments
+    options = Options(**settings | {"sections": tuple(settings["sections"])})
+    results = sys.stdout
+    sys.stdout = sys.stderr  # what other libraries print must not get between the results
+    json.dump(measure(options, threads, most_threads), results)
+
+
 if __name__ == "__main__":
-    settings, threads = json.loads(sys.argv[1])
     try:
-        json.dump(measure(Options(**settings), threads), sys.stdout)
+        _main(json.loads(sys.argv[1]))
     except KeyboardInterrupt:  # the parent was interrupted too, and says what there is to say
         sys.exit(130)
