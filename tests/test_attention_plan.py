@@ -38,6 +38,8 @@ def shapes(k: Any, v: Any, *, order: str = "head", address: int = 4096, **change
         "max_blocks": 64,
         "block_size": 16,
         "soft_cap": False,
+        "full_pages": False,
+        "wide_query": True,
         **changes,
     }
     block, heads = numbers["block_size"], numbers["num_kv_heads"]
@@ -74,8 +76,9 @@ def plan(k: Any, v: Any, s: Shapes, *, bulk_copies: bool = True) -> Plan:
         ("split", (4, 4), 64, {}),
         ("split", (4, 4), 128, {"soft_cap": True}),
         ("split", (4, 4), 128, {"address": 4097}),
-        ("split", (4, 4), 128, {"query_len": 8, "num_tokens": 32}),
-        ("split", (4, 4), 128, {"query_len": 0, "num_tokens": 64}),
+        ("pages", (4, 4), 128, {"query_len": 16, "num_tokens": 64}),
+        ("split", (4, 4), 128, {"query_len": 17, "num_tokens": 68}),
+        ("split", (4, 4), 128, {"query_len": 0, "num_tokens": 80}),
     ],
 )
 def test_which_kernel_runs(
@@ -136,7 +139,7 @@ def test_loads_are_aligned_and_cover_the_vector(
             assert number % width == 0
 
 
-@pytest.mark.parametrize(("bits", "group"), [(2, 4), (3, 4), (4, 4), (4, 8), (8, 8)])
+@pytest.mark.parametrize(("bits", "group"), [(2, 4), (2, 8), (3, 8), (4, 4), (4, 8), (8, 8)])
 def test_scratch_is_small_at_long_context(bits: int, group: int) -> None:
     k, v = specs((bits, bits))
     blocks = 131072 // 16

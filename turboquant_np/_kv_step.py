@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from . import _arrays
+from ._attention_checks import check_attention
 from ._checks import check_same_place
 from ._kv_plan import Moves, Plan
 from ._window_attention import window_attention
@@ -206,6 +208,12 @@ class Step:
                 f"query must have shape ({sum(lens)}, num_query_heads, {c.head_dim}), got {q.shape}"
             )
         heads = int(q.shape[1])
+        if self._tables is None or self._tables.lens != lens:
+            self._tables = Tables(c, states, lens)
+        if c.device == "cuda":
+            return give_back(
+                self._attend_on_gpu(layer, q, sinks, scale, logits_soft_cap, sliding_window)
+            )
         attention = TQPagedAttention(c.key_quantizer, heads, value_quantizer=c.value_quantizer)
         if heads % c.num_kv_heads:
             raise ValueError(
@@ -216,8 +224,6 @@ class Step:
             logits_soft_cap=logits_soft_cap,
             sliding_window=sliding_window,
         )
-        if self._tables is None or self._tables.lens != lens:
-            self._tables = Tables(c, states, lens)
         tables = self._tables
         outs, lses = [], []
         if tables.has_packed:
@@ -242,6 +248,63 @@ class Step:
         lses.append(lse)
         merged = outs[0] if len(outs) == 1 else merge_attention(outs, lses)[0]
         return give_back(merged.astype(q.dtype.newbyteorder("=")))
+
+    def _attend_on_gpu(
+        self,
+        layer: int,
+        q: Any,
+        sinks: Any,
+        scale: float | None,
+        logits_soft_cap: float | None,
+        sliding_window: int | None,
+    ) -> Any:
+        """Packed and full-precision pages together, in as few launches as the backend can."""
+        from .backends.cuda.attention import FullPages, attention, window_tiles
+
+        c, tables = self.cache, self._tables
+        assert tables is not None
+        if sinks is not None:
+            sinks = _arrays.take_in(sinks, "sinks")[0].astype(np.float32, copy=False)
+        batch, _ = check_attention(
+            c.key_quantizer,
+            c.value_quantizer,
+            int(q.shape[1]),
+            query=q,
+            k_packed=c._k_packed[layer],
+            k_norms=c._k_norms[layer],
+            v_packed=c._v_packed[layer],
+            v_norms=c._v_norms[layer],
+            block_tables=tables.packed_blocks,
+            context_lens=tables.packed_lens,
+            block_size=None,
+            num_kv_heads=None,
+            query_start_loc=tables.query_start_loc,
+            query_positions=tables.packed_query_positions,
+            scale=scale,
+            logits_soft_cap=logits_soft_cap,
+            sliding_window=sliding_window,
+            sinks=sinks,
+            key_offset=None,
+            out=None,
+            check=None,
+        )
+        if batch.group not in tables.tiles:
+            tiles, rows = window_tiles(tables.lens, batch.group)
+            tables.tiles[batch.group] = c._xp.asarray(tiles), rows
+        tiles, rows = tables.tiles[batch.group]
+        full = FullPages(
+            keys=c._k_full[layer],
+            values=c._v_full[layer],
+            pages=tables.full_pages,
+            positions=tables.full_positions,
+            query_positions=tables.query_positions,
+            tiles=tiles,
+            rows=rows,
+            offset_slots=tables.offset_slots,
+        )
+        batch = replace(batch, key_offset=c._key_offsets[layer])
+        attention(c.key_quantizer._spec, c.value_quantizer._spec, batch, full)
+        return batch.out
 
     def _attend_window(
         self, layer: int, q: Any, tables: Tables, sinks: Any, options: dict[str, Any]
@@ -318,10 +381,29 @@ class Tables:
         none = len(cache._offsets.references)  # the slot that stays zero
         offsets = [none if s.offset is None else s.offset for s in states]
         self.offsets = xp.asarray(np.array(offsets, np.int64))
-        self.windows = [
-            self._window(xp, size, states, lens, starts, length)
-            for length in sorted(set(lens) - {0})
+        self.windows: list[WindowPart] = []
+        self.tiles: dict[int, tuple[Any, int]] = {}  # of the query, for each group size
+        if cache.device == "cuda":
+            self._list_full_pages(xp, size, states, positions, offsets)
+        else:
+            self.windows = [
+                self._window(xp, size, states, lens, starts, length)
+                for length in sorted(set(lens) - {0})
+            ]
+
+    def _list_full_pages(
+        self, xp: Any, size: int, states: list[Sequence], positions: list[int], offsets: list[int]
+    ) -> None:
+        """The full-precision pages as backends.cuda.attention.FullPages wants them."""
+        full = [
+            [(page.number, i * size) for i, page in enumerate(s.pages) if page.full] for s in states
         ]
+        table = np.full((2, len(states), max(map(len, full), default=0)), -1, np.int32)
+        for row, pages in enumerate(full):
+            table[:, row, : len(pages)] = np.array(pages, np.int32).reshape(-1, 2).T
+        self.full_pages, self.full_positions = xp.asarray(table)
+        self.query_positions = xp.asarray(np.array(positions, np.int32))
+        self.offset_slots = xp.asarray(np.array(offsets, np.int32))
 
     @staticmethod
     def _window(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,7 +17,16 @@ from turboquant_np._attention_checks import AttentionBatch
 from turboquant_np._spec import CodecSpec
 from turboquant_np.rotation import HadamardRotation
 
-from .attention_plan import MERGE_WARPS, Layout, Plan, Shapes, make_plan
+from .attention_plan import (
+    ALIGNMENT,
+    MERGE_WARPS,
+    WINDOW_THREADS,
+    Layout,
+    Plan,
+    Shapes,
+    make_plan,
+    window_rows,
+)
 from .source import variant_source
 
 LOG2_E = 1.4426950408889634
@@ -29,8 +38,48 @@ Constants = Mapping[str, Any]
 Address = Callable[[Any], int]
 
 
-def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch) -> None:
+@dataclass(frozen=True, eq=False)
+class FullPages:
+    """Tokens in full precision to which the S sequences of a batch attend as well.
+
+    Attributes
+    ----------
+    keys, values : float, [pages, block_size, kv_heads, head_dim], C-contiguous
+    pages : int32 [S, W], numbers of the sequences' pages
+    positions : int32 [S, W], of the pages' first tokens in the sequence; -1 where there is no page
+    query_positions : int32 [S], of the first query tokens in the sequence; the last query token of
+        a sequence is the last one in its pages
+    tiles : int32 [tiles, 2], see `window_tiles`
+    rows : int, of a tile
+    offset_slots : int32 [S], the row of batch.key_offset that belongs to each sequence
+    """
+
+    keys: Any
+    values: Any
+    pages: Any
+    positions: Any
+    query_positions: Any
+    tiles: Any
+    rows: int
+    offset_slots: Any
+
+
+def window_tiles(query_lens: Sequence[int], group: int) -> tuple[npt.NDArray[Any], int]:
+    """(sequence, first query row) of each tile of attention_window, and the rows of a tile."""
+    rows = window_rows(max(query_lens, default=0) * group)
+    tiles = [(s, first) for s, n in enumerate(query_lens) for first in range(0, n * group, rows)]
+    return np.array(tiles, np.int32).reshape(-1, 2), rows
+
+
+def attention(
+    key_spec: CodecSpec,
+    value_spec: CodecSpec,
+    batch: AttentionBatch,
+    full: FullPages | None = None,
+) -> None:
     """Fill batch.out and batch.lse; see AttentionBatch for shapes.
+
+    `full` are tokens beside the packed ones; then batch.query_start_loc must be given.
 
     Nothing waits for the device, and the launches depend on shapes only: a captured graph stays
     valid while context_lens, block_tables and the contents of the cache change.  Scratch memory
@@ -42,15 +91,18 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
         with batch.query.device:
             if batch.key_offset is not None:
                 batch = replace(batch, key_offset=cupy.ascontiguousarray(batch.key_offset))
-            for launch in prepare(key_spec, value_spec, batch):
+            for launch in prepare(key_spec, value_spec, batch, full):
                 launch()
             if cupy.cuda.get_current_stream().is_capturing():
                 # The caller need not hold them: lse may be unasked for, the others copies.
-                _captured.append((batch.query, batch.key_offset, batch.lse))
+                _captured.append((batch.query, batch.key_offset, batch.lse, full))
 
 
 def prepare(
-    key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch
+    key_spec: CodecSpec,
+    value_spec: CodecSpec,
+    batch: AttentionBatch,
+    full: FullPages | None = None,
 ) -> list[Callable[[], None]]:
     """The launches of a step on the current stream, with everything compiled and filled in."""
     import cupy
@@ -59,53 +111,79 @@ def prepare(
     keys, values = _constants(key_spec, device), _constants(value_spec, device)
     num_sms, bulk_copies = _device_facts(device)
     dense = "matrix" in keys or "matrix" in values
-    shapes = shapes_of(batch, _address)
+    shapes = shapes_of(batch, _address, full)
     plan = make_plan(key_spec, value_spec, shapes, num_sms, bulk_copies, dense)
-    module = _compile(device, plan.source, tuple(plan.macros.items()))
     scratch = _scratch(device, cupy.cuda.get_current_stream(), plan.scratch_bytes)
-    arguments = fill_arguments(batch, plan, keys, values, _address, _address(scratch))
-    return [
-        partial(
-            _function(module, step.kernel, step.shared_bytes),
-            step.grid,
-            (step.threads,),
-            (arguments, *step.extra),
-            shared_mem=step.shared_bytes,
+    arguments = fill_arguments(batch, plan, keys, values, _address, _address(scratch), full)
+    ready = []
+    for step in launches(batch, plan, keys, values, full):
+        module = _compile(device, step.source, tuple(step.macros.items()), plan.options)
+        ready.append(
+            partial(
+                _function(module, step.kernel, step.shared_bytes),
+                step.grid,
+                (step.threads,),
+                (arguments, *step.extra),
+                shared_mem=step.shared_bytes,
+                enable_cooperative_groups=step.cooperative,
+            )
         )
-        for step in launches(batch, plan, keys, values)
-    ]
+    return ready
 
 
 class Launch(NamedTuple):
     """One kernel launch; `extra` are the arguments behind the common struct."""
 
+    source: str
+    macros: Mapping[str, int]
     kernel: str
     grid: tuple[int, ...]
     threads: int
     extra: tuple[Any, ...] = ()
     shared_bytes: int = 0
+    cooperative: bool = False  # all blocks run at the same time
 
 
-def launches(batch: AttentionBatch, plan: Plan, keys: Constants, values: Constants) -> list[Launch]:
+def launches(
+    batch: AttentionBatch,
+    plan: Plan,
+    keys: Constants,
+    values: Constants,
+    full: FullPages | None = None,
+) -> list[Launch]:
     """The launches of a step, in order."""
     rows = math.prod(batch.query.shape[:2])
-    dense_grid = (-(-rows // DENSE_ROWS),)
-    merge_grid = (-(-rows * plan.merge_warps // MERGE_WARPS),)
-    steps = [
-        Launch("attention_query", (-(-rows // QUERY_WARPS) + 1,), 32 * QUERY_WARPS),
-        Launch(plan.kernel, plan.grid, plan.threads, (), plan.shared_bytes),
-        Launch("attention_merge", merge_grid, 32 * MERGE_WARPS),
-    ]
-    if "matrix" in keys:
-        extra = (keys["transposed_matrix"], np.int32(0))
-        steps.insert(0, Launch("attention_dense", dense_grid, DENSE_THREADS, extra))
-    if "matrix" in values:
-        extra = (values["matrix"], np.int32(1))
-        steps.append(Launch("attention_dense", dense_grid, DENSE_THREADS, extra))
+    launch = partial(Launch, plan.source, plan.macros)
+    steps = [launch(plan.kernel, plan.grid, plan.threads, (), plan.shared_bytes, plan.fused)]
+    if not plan.fused:
+        dense_grid = (-(-rows // DENSE_ROWS),)
+        merge_grid = (-(-rows * plan.merge_warps // MERGE_WARPS),)
+        query_grid = (-(-rows // QUERY_WARPS) + 1,)
+        steps.insert(0, launch("attention_query", query_grid, 32 * QUERY_WARPS))
+        steps.append(launch("attention_merge", merge_grid, 32 * MERGE_WARPS))
+        if "matrix" in keys:
+            extra = (keys["transposed_matrix"], np.int32(0))
+            steps.insert(0, launch("attention_dense", dense_grid, DENSE_THREADS, extra))
+        if "matrix" in values:
+            extra = (values["matrix"], np.int32(1))
+            steps.append(launch("attention_dense", dense_grid, DENSE_THREADS, extra))
+    if full is not None:
+        macros = {
+            "D": plan.macros["D"],
+            "BLOCK_SIZE": plan.macros["BLOCK_SIZE"],
+            "WINDOW_DTYPE": DTYPE_NUMBERS[full.keys.dtype.name],
+            "ROWS": full.rows,
+            "UNIT": plan.macros["UNIT"],
+        }
+        grid = (len(full.tiles), batch.num_kv_heads)
+        steps.insert(
+            0,
+            Launch("attention_window.cu", macros, "attention_window", grid, WINDOW_THREADS),
+        )
     return steps
 
 
-def shapes_of(batch: AttentionBatch, address: Address) -> Shapes:
+def shapes_of(batch: AttentionBatch, address: Address, full: FullPages | None = None) -> Shapes:
     """What the plan needs to know of a batch."""
 
     def layout(array: Any) -> Layout:
@@ -120,6 +198,12 @@ def shapes_of(batch: AttentionBatch, address: Address) -> Shapes:
         max_blocks=int(batch.block_tables.shape[1]),
         block_size=batch.block_size,
         soft_cap=batch.logits_soft_cap != 0,
+        full_pages=full is not None,
+        wide_query=(
+            batch.query.dtype.name != "float64"
+            and batch.query.strides[2] == batch.query.itemsize
+            and not any(n % 16 for n in (address(batch.query), *batch.query.strides[:2]))
+        ),
         k_layout=layout(batch.k_packed),
         v_layout=layout(batch.v_packed),
         kn_layout=layout(batch.k_norms),
@@ -134,6 +218,7 @@ def fill_arguments(
     values: Constants,
     address: Address,
     scratch: int,
+    full: FullPages | None = None,
 ) -> npt.NDArray[Any]:
     """The struct that every kernel gets, as an array of one element."""
     a = np.zeros(1, argument_dtype())
@@ -150,7 +235,10 @@ def fill_arguments(
     ):
         for axis, stride in zip(("block", "token", "head"), strides[:3], strict=True):
             a[f"{prefix}_{axis}_stride"] = stride
-    a["block_tables"], a["context_lens"] = address(batch.block_tables), address(batch.context_lens)
+    a["block_tables"], a["context_lens"] = (
+        address(batch.block_tables),
+        address(batch.context_lens),
+    )
     # Integers are read as 32 bits; of 64 these are the low ones.
     a["table_row_stride"], a["table_step"] = (s // 4 for s in batch.block_tables.strides)
     a["lens_step"] = batch.context_lens.strides[0] // 4
@@ -169,8 +257,22 @@ def fill_arguments(
         if "signs" in constants:
             a[f"{prefix}_signs"] = address(constants["signs"])
             a[f"{prefix}_steps"] = len(constants["signs"])
-    for name in ("q_rows", "q_factors", "plan", "parts", "part_scales"):
+    for name in ("barrier", "q_rows", "q_factors", "plan", "parts", "part_scales"):
         a[name] = scratch + plan.scratch[name][0]
+    if full is not None:
+        for name in (
+            "keys",
+            "values",
+            "pages",
+            "positions",
+            "query_positions",
+            "tiles",
+        ):
+            a[f"full_{name}"] = address(getattr(full, name))
+        a["full_pages_each"] = full.pages.shape[1]
+        a["offset_slots"] = address(full.offset_slots)
+        for name in ("other_out", "other_lse"):
+            a[name] = scratch + plan.scratch[name][0]
     if "matrix" in keys:
         a["rotated_query"] = scratch + plan.scratch["rows"][0]
     if "matrix" in values:
@@ -217,7 +319,10 @@ def make_constants(spec: CodecSpec) -> dict[str, npt.NDArray[Any]]:
     """What the kernels need to know of a quantiser, in host memory."""
     gain = table_gain(spec.centroids)
     table = (spec.centroids * gain).astype(np.float16).astype(np.float32)
-    constants: dict[str, npt.NDArray[Any]] = {"centroids": table, "gain": np.array(gain)}
+    constants: dict[str, npt.NDArray[Any]] = {
+        "centroids": table,
+        "gain": np.array(gain),
+    }
     rotation = spec.rotation
     if isinstance(rotation, HadamardRotation):
         words = -(-spec.head_dim // 32)
@@ -273,10 +378,15 @@ def _device_facts(device: int) -> tuple[int, bool]:
 
 
 @cache
-def _compile(device: int, source: str, macros: tuple[tuple[str, int], ...]) -> Any:
+def _compile(
+    device: int,
+    source: str,
+    macros: tuple[tuple[str, int], ...],
+    options: tuple[str, ...],
+) -> Any:
     import cupy
 
-    return cupy.RawModule(code=step_source(source, dict(macros)), options=("--std=c++17",))
+    return cupy.RawModule(code=step_source(source, dict(macros)), options=options)
 
 
 @cache
@@ -284,7 +394,7 @@ def _function(module: Any, name: str, shared_bytes: int) -> Any:
     function = module.get_function(name)
     if shared_bytes:
         function.max_dynamic_shared_size_bytes = shared_bytes
-    return function
+    return function.kernel  # which can be launched cooperatively
 
 
 _buffers: dict[tuple[int, int], Any] = {}
@@ -299,6 +409,10 @@ def _scratch(device: int, stream: Any, size: int) -> Any:
     buffer = _buffers.get(key)
     if buffer is None or buffer.nbytes < size:
         buffer = _buffers[key] = cupy.empty(size, np.uint8)
+        # The barrier starts from zero.  Not in `stream`: it may be recording a graph.
+        other = cupy.cuda.Stream(non_blocking=True)
+        cupy.cuda.runtime.memsetAsync(buffer.data.ptr, 0, ALIGNMENT, other.ptr)
+        other.synchronize()
     if stream.is_capturing() and not any(buffer is b for b in _captured):
         _captured.append(buffer)
     return buffer

@@ -22,13 +22,19 @@ PAGE = 16  # tokens of one copy of attention_pages
 PAGES_HEAD_DIM = 128
 PAGES_BITS = {2, 3, 4, 8}
 PAGES_HEADS = 8  # kv heads of a block
-PAGES_TILE_ROWS = 8
-PAGES_MOST_ROWS = 16  # query rows of a sequence; each tile reads the pages again
-PAGES_THREADS = 288
+PAGES_ROW_TILES = (1, 2, 4)  # of 8 query rows each, that read a page together
+PAGES_ROW_TILE_BYTES = 8 * 2176  # of shared memory: TileRows of 8 warps
+PAGES_MOST_ROWS = 64  # query rows of a sequence; each tile reads the pages again
+PAGES_THREADS, PAGES_MOST_THREADS = 288, 384
+FEW_SEQUENCES = 128  # that attention_pages can plan by itself
 PAGES_SHARED_BYTES = 231424  # the most a block may have, less 1 KB
 
 MERGE_WARPS = 8  # of a block of attention_merge
-MANY_PARTS = 12  # of an output row: then all warps of a block share it
+MERGE_PASSES = 2  # of the blocks of attention_pages; more output rows get a launch of their own
+LEAST_PARTS = 4  # of an output row that a warp of attention_merge takes
+SCRATCH_SHARE = 0.018  # of a long packed cache; with more, there are half as many parts
+MANY_TOKENS = 65536
+WINDOW_THREADS = 128
 ALIGNMENT = 256  # of each part of the scratch memory
 
 
@@ -50,6 +56,8 @@ class Shapes:
     num_tokens, num_seqs, num_kv_heads, group, max_blocks, block_size : int
     query_len : int, query tokens of each sequence; 0 if ragged
     soft_cap : bool
+    full_pages : bool, whether there are tokens in full precision, too
+    wide_query : bool, whether rows of the query can be read 16 bytes at a time
     k_layout, v_layout, kn_layout, vn_layout : Layout
         Of the packed codes and of the norms.
     """
@@ -62,6 +70,8 @@ class Shapes:
     max_blocks: int
     block_size: int
     soft_cap: bool
+    full_pages: bool
+    wide_query: bool
     k_layout: Layout
     v_layout: Layout
     kn_layout: Layout
@@ -70,6 +80,11 @@ class Shapes:
     @property
     def num_query_rows(self) -> int:
         return self.num_tokens * self.num_kv_heads * self.group
+
+    @property
+    def rows_per_seq(self) -> float:
+        """Query rows of a kv head; of a ragged batch the mean."""
+        return (self.query_len or self.num_tokens / max(1, self.num_seqs)) * self.group
 
 
 @dataclass(frozen=True)
@@ -80,11 +95,13 @@ class Plan:
     ----------
     source, kernel : str, what computes the parts
     macros : the variant of the source
+    options : for the compiler
     grid : (ranges, groups of kv heads); a block writes parts of the items in its range
     threads, shared_bytes : int, of a block
     tile_rows : int, query rows of an item
-    merge_warps : int, warps of attention_merge that share an output row
-    slots : int, upper bound of the parts of one kv head (and share, see kernels/attention_pages)
+    fused : bool, whether attention_pages is the only launch
+    merge_warps : int, warps of a merge that share an output row
+    slots : int, upper bound of the parts of one kv head
     scratch : {name: (offset, bytes)}, parts of the scratch memory
     scratch_bytes : int
     """
@@ -92,10 +109,12 @@ class Plan:
     source: str
     kernel: str
     macros: Mapping[str, int]
+    options: tuple[str, ...]
     grid: tuple[int, int]
     threads: int
     shared_bytes: int
     tile_rows: int
+    fused: bool
     merge_warps: int
     slots: int
     scratch: Mapping[str, tuple[int, int]]
@@ -103,7 +122,12 @@ class Plan:
 
 
 def make_plan(
-    key: CodecSpec, value: CodecSpec, shapes: Shapes, num_sms: int, bulk_copies: bool, dense: bool
+    key: CodecSpec,
+    value: CodecSpec,
+    shapes: Shapes,
+    num_sms: int,
+    bulk_copies: bool,
+    dense: bool,
 ) -> Plan:
     """Plan a step.
 
@@ -122,46 +146,98 @@ def make_plan(
         "BLOCK_SIZE": shapes.block_size,
     }
     order = page_order(key, value, shapes) if bulk_copies else None
-    if order is not None:
-        heads = min(shapes.num_kv_heads, PAGES_HEADS)
-        shares = PAGES_HEADS // heads
-        pages = pages_per_warp(key.bits, value.bits)
-        unit = PAGE * pages * shares
-        macros |= {"HEADS": heads, "SHARES": shares, "SUB": pages, "PARTS_PER_SLOT": shares}
-        macros |= {"UNIT": unit, "HEAD_MAJOR": int(order == "head"), "NUM_SMEM": PAGES_SHARED_BYTES}
-        source, kernel, threads = "attention_pages.cu", "attention_pages", PAGES_THREADS
-        head_groups, blocks, most_rows = shapes.num_kv_heads // heads, num_sms, PAGES_TILE_ROWS
-    else:
-        unit, shares = SPLIT_UNIT, 1
+    if order is None:
         macros |= {
             "K_ALIGN": load_width(run_bytes(key, 4), key.packed_dim, *shapes.k_layout),
             "V_ALIGN": load_width(run_bytes(value, 8), value.packed_dim, *shapes.v_layout),
-            "UNIT": unit,
-            "PARTS_PER_SLOT": shares,
+            "UNIT": SPLIT_UNIT,
             "MIN_BLOCKS": blocks_per_sm(key.head_dim),
         }
-        source, kernel, threads = "attention.cu", "attention_split", SPLIT_THREADS
-        head_groups, most_rows = shapes.num_kv_heads, SPLIT_TILE_ROWS
         blocks = num_sms * blocks_per_sm(key.head_dim)
+        return _plan(
+            "attention_split",
+            macros,
+            shapes,
+            shapes.num_kv_heads,
+            blocks,
+            SPLIT_TILE_ROWS,
+            dense,
+        )
+    tiles = row_tiles(key, value, shapes)
+    fused = (
+        not dense
+        and shapes.wide_query
+        and tiles == 1
+        and shapes.num_seqs <= FEW_SEQUENCES
+        and shapes.num_query_rows <= MERGE_PASSES * MERGE_WARPS * num_sms
+    )
+    macros |= {
+        "ROW_TILES": tiles,
+        "FUSED": int(fused),
+        "HEAD_MAJOR": int(order == "head"),
+        "NUM_SMEM": PAGES_SHARED_BYTES,
+    }
 
+    def plan(heads: int) -> Plan:
+        shares = PAGES_HEADS // heads
+        pages = pages_per_warp(key.bits, value.bits) if tiles == 1 else 1
+        variant = macros | {"HEADS": heads, "SHARES": shares, "SUB": pages}
+        variant["UNIT"] = PAGE * pages * shares
+        groups = shapes.num_kv_heads // heads
+        return _plan("attention_pages", variant, shapes, groups, num_sms, 8 * tiles, dense)
+
+    whole = plan(min(shapes.num_kv_heads, PAGES_HEADS))
+    tokens = shapes.num_seqs * shapes.max_blocks * shapes.block_size
+    cache_bytes = tokens * shapes.num_kv_heads * (key.packed_dim + value.packed_dim + 8)
+    if (
+        order == "head"
+        and shapes.num_kv_heads % PAGES_HEADS == 0
+        and tokens >= MANY_TOKENS
+        and whole.scratch_bytes > SCRATCH_SHARE * cache_bytes
+    ):
+        return plan(PAGES_HEADS // 2)
+    return whole
+
+
+def _plan(
+    kernel: str,
+    macros: Mapping[str, int],
+    shapes: Shapes,
+    head_groups: int,
+    blocks: int,
+    most_rows: int,
+    dense: bool,
+) -> Plan:
+    """Cut the tokens into ranges for `blocks` blocks."""
+    pages, fused = kernel == "attention_pages", bool(macros.get("FUSED"))
+    threads, options = PAGES_THREADS if pages else SPLIT_THREADS, ("-std=c++17",)
+    if macros.get("ROW_TILES") == PAGES_ROW_TILES[-1]:  # warps hand registers to each other
+        threads, options = PAGES_MOST_THREADS, ("-arch=sm_90a", *options)
     rows = (shapes.query_len or shapes.num_tokens) * shapes.group
     tile_rows = max(1, min(most_rows, rows))
     items = max_items(shapes, tile_rows)
-    units = -(-shapes.max_blocks * shapes.block_size // unit)
+    units = -(-shapes.max_blocks * shapes.block_size // macros["UNIT"])
     ranges = max(1, min(blocks // head_groups, items * units))
     slots = ranges + items
     scratch, scratch_bytes = scratch_layout(
-        key.head_dim, shapes, slots * shares * shapes.num_kv_heads * tile_rows, dense
+        macros["D"], shapes, slots * shapes.num_kv_heads * tile_rows, dense
     )
+    parts = ranges / max(1, items)  # of an output row, about
+    at_once = MERGE_WARPS * ranges * head_groups if fused else math.inf
+    warps = MERGE_WARPS
+    while warps > 1 and (parts < LEAST_PARTS * warps or shapes.num_query_rows * warps > at_once):
+        warps //= 2
     return Plan(
-        source,
+        "attention_pages.cu" if pages else "attention.cu",
         kernel,
         macros,
+        options,
         (ranges, head_groups),
         threads,
-        PAGES_SHARED_BYTES if order else 0,
+        PAGES_SHARED_BYTES if pages else 0,
         tile_rows,
-        MERGE_WARPS if ranges * shares > MANY_PARTS * items else 1,
+        fused,
+        warps,
         slots,
         scratch,
         scratch_bytes,
@@ -174,12 +250,15 @@ def scratch_layout(
     """Offset and size of each part of the scratch memory, and the size of all."""
     q_rows = shapes.num_query_rows
     sizes = {
+        "barrier": 4,  # first, so that it stays where it is
         "q_rows": q_rows * _round_up(head_dim, 32) * 2,
         "q_factors": q_rows * 8,
         "plan": 16 * (shapes.num_seqs + 1),
         "parts": part_rows * _round_up(head_dim, 8) * 2,
         "part_scales": part_rows * 8,
         "rows": q_rows * head_dim * 4 if dense else 0,
+        "other_out": q_rows * head_dim * 4 if shapes.full_pages else 0,
+        "other_lse": q_rows * 4 if shapes.full_pages else 0,
     }
     scratch, offset = {}, 0
     for name, size in sizes.items():
@@ -195,12 +274,11 @@ def page_order(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> str | None:
     threads in one piece: [head][token] in blocks of 16, or [token][head].
     """
     heads = shapes.num_kv_heads
-    rows = (shapes.query_len or shapes.num_tokens / max(1, shapes.num_seqs)) * shapes.group
     if (
         key.head_dim != PAGES_HEAD_DIM
         or not {key.bits, value.bits} <= PAGES_BITS
         or shapes.soft_cap
-        or rows > PAGES_MOST_ROWS
+        or shapes.rows_per_seq > PAGES_MOST_ROWS
         or shapes.block_size % PAGE
         or (PAGES_HEADS % heads and heads % PAGES_HEADS)
     ):
@@ -224,11 +302,25 @@ def page_order(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> str | None:
     return None
 
 
+def row_tiles(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> int:
+    """Tiles of 8 query rows that read a page together: as many as needed, if memory is left."""
+    page_bytes = PAGE * PAGES_HEADS * (key.packed_dim + value.packed_dim + 8)
+    tables = 131072 if 3 in (key.bits, value.bits) else 65536
+    memory = PAGES_SHARED_BYTES - tables - 512 - 2 * page_bytes  # two stages of a page each
+    fitting = [n for n in PAGES_ROW_TILES if n * PAGES_ROW_TILE_BYTES <= memory]
+    return next((n for n in fitting if 8 * n >= shapes.rows_per_seq), fitting[-1])
+
+
 def pages_per_warp(key_bits: int, value_bits: int) -> int:
     """Pages that a warp of attention_pages takes at once: as many as its registers hold."""
     if 8 in (key_bits, value_bits):
         return 1
     return 4 if key_bits == value_bits == 2 else 2
+
+
+def window_rows(rows_of_a_sequence: int) -> int:
+    """Query rows of a block of attention_window."""
+    return 4 if rows_of_a_sequence <= 4 else 8
 
 
 def max_items(shapes: Shapes, tile_rows: int) -> int:

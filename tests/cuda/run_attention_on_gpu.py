@@ -134,12 +134,19 @@ def _settings_of(quantizer: TurboQuant, backend: str) -> dict[str, Any]:
 
 
 def draw_variant(rng: np.random.Generator, pages: bool) -> dict[str, Any]:
-    """What decides which kernels are compiled."""
+    """What decides which kernels are compiled, but for the odd float64 query."""
     if pages:
         bits = rng.choice([2, 3, 4, 8], 2)
         heads = int(rng.choice([1, 2, 4, 8, 16]))
         head_major = bool(heads == 16 or rng.integers(2))
+        group, query_len = [(1, 1), (3, 1), (4, 1), (8, 1), (4, 3), (2, 8), (4, 8), (16, 4)][
+            rng.choice(8, p=[0.1, 0.1, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1])
+        ]
         return {
+            "group": group,
+            "query_len": query_len,
+            "rotations": ["hadamard", str(rng.choice(["hadamard", "hadamard", "haar"]))],
+            "ragged": query_len > 1 and bool(rng.integers(2)),
             "head_dim": 128,
             "k_bits": int(bits[0]),
             "v_bits": int(bits[rng.integers(2)]),
@@ -161,18 +168,16 @@ def draw_variant(rng: np.random.Generator, pages: bool) -> dict[str, Any]:
 
 def draw_problem(rng: np.random.Generator, variant: dict[str, Any], pages: bool) -> dict[str, Any]:
     """Everything else."""
-    query_len = int(rng.choice([1, 1, 2, 3, 5] if not pages else [1, 1, 1, 2, 3]))
+    query_len = int(rng.choice([1, 1, 2, 3, 5]))
     groups = [1, 4, 5, 8, 16, 71 if query_len == 1 else 7]
-    if pages:
-        groups = [1, 2, 3, 4, 8] if query_len == 1 else [1, 2, 4]
     return {
-        **variant,
         "group": int(rng.choice(groups)),
         "query_len": query_len,
         "ragged": bool(rng.integers(3) == 0),
+        "rotations": [str(rng.choice(["hadamard", "hadamard", "haar"])) for _ in "kv"],
+        **variant,
         "num_seqs": int(rng.integers(1, 7)),
         "max_context": int(rng.choice([1, 15, 16, 100, 333, 700, 2000])),
-        "rotations": [str(rng.choice(["hadamard", "hadamard", "haar"])) for _ in "kv"],
         "dtype": str(rng.choice(DTYPES)),
         "integer": str(rng.choice(["int32", "int64"])),
         "positions": bool(rng.integers(3) == 0),
@@ -472,6 +477,7 @@ def main() -> None:
                 {**base, "rotation": "haar"},
                 {**base, "query_len": 2},
                 {**base, "query_len": 4},
+                {**base, "query_len": 8},
                 {**base, "head_dim": 64},
                 {**base, "head_dim": 256},
                 {**base, "bits": (5, 5)},

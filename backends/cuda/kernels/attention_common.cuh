@@ -1,7 +1,8 @@
 // What the kernels of one attention step share: arguments, work list, small helpers.
 //
 // A step is attention_query (rotate the query, write the work list), attention_split or
-// attention_pages (partial results of token ranges) and attention_merge (combine, rotate back).
+// attention_pages (partial results of token ranges) and attention_merge (combine, rotate back);
+// or attention_pages alone, if it is compiled to do the work of the others too (FUSED).
 //
 // Rows: the query tokens of a sequence times the query heads of one kv head, row = token * group +
 // head; `tile_rows` of them make a tile.  An item is one tile of one sequence; its context is cut
@@ -25,7 +26,8 @@ struct Args {
   const u8* v_packed;
   const float* v_norms;
   const float* sinks;            // [query heads] or null
-  const float* key_offset;       // [sequences][kv heads][D] or null
+  const float* key_offset;       // [slots][kv heads][D] or null
+  const int* offset_slots;       // [sequences] slot of each, or null: slot s
   const u32* k_signs;            // [steps][SIGN_WORDS] bits, set = negative
   const u32* v_signs;
   const float* k_centroids;      // [1 << bits]
@@ -33,10 +35,19 @@ struct Args {
   u8* out;                       // [tokens][query heads][D]
   float* lse;                    // [tokens][query heads]
   float* merged;                 // [tokens * query heads][D], still rotated; null: rotate back here
+  float* other_out;              // [tokens * query heads][D] or null: attention to other tokens,
+  float* other_lse;              // to be merged in
+  u32* barrier;                  // of all blocks of attention_pages if FUSED
+  const u8* full_keys;         // [pages][BLOCK_SIZE][kv heads][D], full precision
+  const u8* full_values;
+  const int* full_pages;       // [sequences][full_pages_each] numbers of pages
+  const int* full_positions;   // [sequences][full_pages_each] of their first tokens; -1: no page
+  const int* full_query_positions;  // [sequences] of the first query token
+  const int* full_tiles;       // [tiles][2] sequence and first row
   u16* q_rows;                   // [tokens * query heads][Q_PITCH] float16, rotated
   float2* q_factors;             // score = dot * norm * x + y
   i64* plan;                     // [sequences + 1] units and [sequences + 1] items before each
-  u16* parts;                    // [slots][parts per slot][kv heads][tile_rows][O_PITCH] float16
+  u16* parts;                    // [slots][kv heads][tile_rows][O_PITCH] float16
   float2* part_scales;           // log2 of the softmax sum; factor of the float16 numbers
   i64 q_token_stride, q_head_stride, q_dim_stride;
   i64 k_block_stride, k_token_stride, k_head_stride;     // bytes
@@ -46,7 +57,7 @@ struct Args {
   i64 table_row_stride;          // in int32; int64 arrays are read at their low words
   int table_step, lens_step, starts_step, positions_step, sinks_step;
   int num_seqs, num_tokens, query_len, num_kv_heads, group, max_blocks, tile_rows, window;
-  int query_dtype, k_steps, v_steps, num_ranges, merge_warps;
+  int query_dtype, k_steps, v_steps, num_ranges, merge_warps, full_pages_each;
   float score_factor;            // scale / sqrt(D), times log2(e), or over the soft cap
   float offset_factor;           // the same without 1 / sqrt(D)
   float soft_cap_log2;           // soft cap * log2(e), or 0
@@ -82,6 +93,21 @@ __device__ __forceinline__ float warp_max(float x) {
 __device__ __forceinline__ float warp_sum(float x) {
   for (int k = 16; k; k >>= 1) x += __shfl_xor_sync(FULL_WARP, x, k);
   return x;
+}
+
+// A power of two as two factors, since it may be too large for one.
+struct PowerOfTwo {
+  float first, second;
+  __device__ __forceinline__ float times(float x) const { return x * first * second; }
+};
+// Brings `largest` into [2^14, 2^15); anything below 2^-100 is as good as zero.
+__device__ __forceinline__ PowerOfTwo power_below(float largest) {
+  const int exponent = (int)(__float_as_uint(fmaxf(largest, 7.9e-31f)) >> 23) - 127;
+  return {__uint_as_float((u32)(127 + 7 - exponent / 2) << 23),
+          __uint_as_float((u32)(127 + 7 - (exponent - exponent / 2)) << 23)};
+}
+__device__ __forceinline__ const float* offset_of(const Args& a, int s, int kv_head) {
+  return a.key_offset + ((i64)(a.offset_slots ? a.offset_slots[s] : s) * a.num_kv_heads + kv_head) * D;
 }
 
 // ---- the work list
@@ -145,6 +171,42 @@ __device__ __forceinline__ int sequence_of_token(const Args& a, int token) {
   return low;
 }
 
+// The work list of up to FEW_SEQUENCES sequences, written by a warp.
+#define FEW_SEQUENCES 128
+__device__ __forceinline__ void write_short_plan(const Args& a, i64* plan, int lane) {
+  const int each = (a.num_seqs + 31) / 32;  // consecutive sequences of a lane
+  const int first = min(lane * each, a.num_seqs), last = min(first + each, a.num_seqs);
+  i64 units = 0, items = 0;
+#pragma unroll 1
+  for (int s = first; s < last; s++) {  // what lies before s within this lane
+    const Sequence q = sequence(a, s);
+    const int tiles = num_tiles(a, q);
+    plan[s] = units;
+    plan[a.num_seqs + 1 + s] = items;
+    units += (i64)tiles * num_units(a, q);
+    items += tiles;
+  }
+  i64 units_before = units, items_before = items;
+#pragma unroll
+  for (int k = 1; k < 32; k <<= 1) {
+    const i64 u = __shfl_up_sync(FULL_WARP, units_before, k), i = __shfl_up_sync(FULL_WARP, items_before, k);
+    if (lane >= k) {
+      units_before += u;
+      items_before += i;
+    }
+  }
+  if (lane == 31) {
+    plan[a.num_seqs] = units_before;
+    plan[2 * a.num_seqs + 1] = items_before;
+  }
+#pragma unroll 1
+  for (int s = first; s < last; s++) {
+    plan[s] += units_before - units;
+    plan[a.num_seqs + 1 + s] += items_before - items;
+  }
+  __syncwarp();
+}
+
 // What a block has to do: `count` units from `begin` of a tile of a sequence, to be put in `slot`.
 struct Segment {
   Sequence q;
@@ -152,29 +214,30 @@ struct Segment {
   i64 slot;
 };
 struct Walk {
+  const i64* plan;
   i64 work, end;
   int s;
 };
-__device__ __forceinline__ Walk start_walk(const Args& a) {
-  const i64 total = a.plan[a.num_seqs];
+__device__ __forceinline__ Walk start_walk(const Args& a, const i64* plan) {
+  const i64 total = plan[a.num_seqs];
   const u32 ranges = (u32)(total < a.num_ranges ? total : a.num_ranges);
-  if (blockIdx.x >= ranges) return {0, 0, 0};
+  if (blockIdx.x >= ranges) return {plan, 0, 0, 0};
   const i64 begin = divide((u64)total * blockIdx.x, ranges);
-  return {begin, (i64)divide((u64)total * (blockIdx.x + 1), ranges),
-          find_sequence(a.plan, a.num_seqs, begin)};
+  return {plan, begin, (i64)divide((u64)total * (blockIdx.x + 1), ranges),
+          find_sequence(plan, a.num_seqs, begin)};
 }
 __device__ __forceinline__ bool next_segment(const Args& a, Walk& walk, Segment& g) {
   if (walk.work >= walk.end) return false;
-  while (walk.work >= a.plan[walk.s + 1]) walk.s++;  // sequences without work lie between
+  while (walk.work >= walk.plan[walk.s + 1]) walk.s++;  // sequences without work lie between
   g.s = walk.s;
   g.q = sequence(a, g.s);
-  const u64 done = walk.work - a.plan[g.s];
+  const u64 done = walk.work - walk.plan[g.s];
   const u32 units = num_units(a, g.q);
   g.tile = (int)divide(done, units);
   const u32 at = (u32)(done - (u64)g.tile * units);
   g.begin = first_unit(a, g.q) + at;
   g.count = walk.end - walk.work < units - at ? (int)(walk.end - walk.work) : (int)(units - at);
-  g.slot = blockIdx.x + a.plan[a.num_seqs + 1 + g.s] + g.tile;
+  g.slot = blockIdx.x + walk.plan[a.num_seqs + 1 + g.s] + g.tile;
   walk.work += g.count;
   return true;
 }

@@ -1,5 +1,6 @@
 // attention_dense: rows times a D x D matrix, for rotations that are no Hadamard rotation.
-// inverse 0: rotated_query = query M^T, 1: out = merged M; `matrix` is [input][output].
+// inverse 0: rotated_query = query M^T, 1: out = merged M, plus what attention to other tokens
+// gave; `matrix` is [input][output].
 #pragma once
 #include "attention_common.cuh"
 
@@ -30,7 +31,13 @@ attention_dense(const Args a, const float* matrix, int inverse) {
       for (int r = 0; r < DENSE_ROWS; r++) y[r] = fmaf(x[i][r], m, y[r]);
     }
     for (int r = 0; r < DENSE_ROWS && first + r < rows; r++) {
-      if (inverse) store_float(a.out, (first + r) * D + j, a.query_dtype, y[r]);
+      if (inverse) {
+        if (a.other_out) {  // its share of the softmax; lse is of all tokens already
+          const float share = exp2_approx((a.other_lse[first + r] - a.lse[first + r]) * LOG2_E);
+          if (share > 0.f) y[r] = fmaf(share, a.other_out[(first + r) * D + j], y[r]);
+        }
+        store_float(a.out, (first + r) * D + j, a.query_dtype, y[r]);
+      }
       else ((float*)a.rotated_query)[(first + r) * D + j] = y[r];
     }
   }

@@ -1,25 +1,34 @@
 // attention_pages: partial attention over token ranges for head_dim 128, codes of 2, 3, 4 or 8 bits
-// and pages that are contiguous in memory; compute capability 9.0.
+// and pages that are contiguous in memory; compute capability 9.0 (9.0a with
+// ROW_TILES 4).
 //
 //   S^T = K Q^T    (A = dequantised K: 16 tokens x 16 dims,   B = Q: 16 dims x 8 query rows)
 //   O^T = V^T P^T  (A = dequantised V^T: 16 dims x 16 tokens, B = P^T: 16 tokens x 8 query rows)
 //
+// with ROW_TILES such products for the query rows of a tile, which share their A.
+//
 // One persistent block an SM serves HEADS kv heads.  A producer warp streams whole pages (16 tokens,
 // HEADS heads: K codes, V codes, norms) into a ring in shared memory by bulk copies; CONSUMERS warps
 // turn them into fragments.  Warp w has head w / SHARES and pages of its share; a unit, one stage of
-// the ring, is SHARES * SUB pages.  Each share writes its own part.
+// the ring, is SHARES * SUB pages.  The shares of a head write one part together.
+//
+// FUSED: each block plans and rotates what it needs of the queries itself, and when all blocks have
+// written their parts (a barrier: all run at the same time) they merge them.
 //
 // Dequantising is a table read: two codes (four at 2 bits) make a byte, the byte and the lane make
 // an address by one PRMT, and the table holds one copy of its float16 pairs for each bank, so reads
 // never conflict.  Byte value b: K pairs at 256 b, V pairs at 256 b + 128.
 //
 // Macros: KEY_BITS, VALUE_BITS, BLOCK_SIZE, HEADS (of a block), SHARES (8 / HEADS), SUB,
-// HEAD_MAJOR (a page is [head][token], else [token][head]), UNIT = 16 SUB SHARES, NUM_SMEM (bytes).
+// HEAD_MAJOR (a page is [head][token], else [token][head]), UNIT = 16 SUB SHARES, NUM_SMEM (bytes),
+// ROW_TILES (1, 2 or 4), FUSED (up to FEW_SEQUENCES sequences, Hadamard rotations).
 #pragma once
-#include "attention_common.cuh"
+#include "attention_merge.cuh"
 
 #define CONSUMERS 8
-#define PAGES_THREADS (32 * (CONSUMERS + 1))
+#define WORKING_THREADS (32 * (CONSUMERS + 1))
+#define REGISTERS_MOVED (ROW_TILES > 2)  // from the producer's group of warps to the consumers
+#define PAGES_THREADS (REGISTERS_MOVED ? 32 * (CONSUMERS + 4) : WORKING_THREADS)
 #define PAGE 16
 #define K_VECTOR (D * KEY_BITS / 8)
 #define V_VECTOR (D * VALUE_BITS / 8)
@@ -50,7 +59,10 @@
 #define UPPER 65536                       // second table of 3 bits: the upper 6 bits of a byte
 #define TABLE_BYTES (KEY_BITS == 3 || VALUE_BITS == 3 ? 131072 : 65536)
 #define BARRIERS_AT TABLE_BYTES
-#define RING_AT (BARRIERS_AT + 512)
+#define PLAN_AT (BARRIERS_AT + 512)
+#define PLAN_BYTES (FUSED ? 16 * FEW_SEQUENCES + 128 : 0)
+#define ROWS_AT (PLAN_AT + PLAN_BYTES)
+#define RING_AT (ROWS_AT + CONSUMERS * (int)sizeof(TileRows))
 #define FITTING_STAGES ((NUM_SMEM - RING_AT) / STAGE_BYTES)
 #define STAGES (FITTING_STAGES > 24 ? 24 : FITTING_STAGES)
 #define VALUES_EARLY (KEY_BITS < 4 && VALUE_BITS < 4)  // read V codes together with K codes
@@ -59,6 +71,21 @@
 #define LAZY 5.f                          // raise the maximum only if exceeded by 2^5
 #define NORM_LIMIT 1024.f                 // 2^5 * 2^10 fits float16
 
+#define QUERY_IN_REGISTERS (ROW_TILES <= 2)
+
+// What a consumer warp keeps of the query rows of a tile.
+struct TileRows {
+  union {
+    uint2 query[ROW_TILES][8][32];   // [8 rows][product][lane] fragments
+    u16 part[8 * ROW_TILES][D];      // at the end, of a share that is not the first
+  };
+  float2 scales[8 * ROW_TILES];      // of this part
+  float shifts[8 * ROW_TILES];       // what the key offset adds to the scores
+  float factors[8];                  // of the scores, for each 4 rows
+};
+
+static_assert(sizeof(MergeSpace) <= CONSUMERS * sizeof(TileRows) && RING_AT % 128 == 0, "shared memory");
+static_assert(MERGE_WARPS == CONSUMERS, "merge_rows");
 static_assert(D == 128 && HEADS * SHARES == CONSUMERS && STAGES >= 2, "attention_pages");
 
 // ---- dequantising; `bank` is the lane's offset within a table row
@@ -235,11 +262,22 @@ __device__ __forceinline__ void fill_tables(const Args& a, int tid) {
 
 // ---- the producer warp
 
-__device__ __forceinline__ void produce(const Args& a, u32 smem, int lane) {
+__device__ __forceinline__ void produce(const Args& a, const i64* plan, u32 smem, int lane) {
   const u32 full = smem + BARRIERS_AT, empty = full + 8 * STAGES;
-  const int head = blockIdx.y * HEADS;
+  // Four lanes a page: K codes, V codes, norms of K, norms of V.
+  const int head = blockIdx.y * HEADS, kind = lane & 3;
+  const u8* from = kind == 0 ? a.k_packed + head * a.k_head_stride
+      : kind == 1            ? a.v_packed + head * a.v_head_stride
+      : kind == 2            ? (const u8*)(a.k_norms + head * a.kn_head_stride)
+                             : (const u8*)(a.v_norms + head * a.vn_head_stride);
+  const i64 block_stride = kind == 0 ? a.k_block_stride : kind == 1 ? a.v_block_stride
+      : kind == 2 ? 4 * a.kn_block_stride : 4 * a.vn_block_stride;
+  const i64 token_stride = kind == 0 ? a.k_token_stride : kind == 1 ? a.v_token_stride
+      : kind == 2 ? 4 * a.kn_token_stride : 4 * a.vn_token_stride;
+  const u32 bytes = kind == 0 ? K_PAGE : kind == 1 ? V_PAGE : NORM_PAGE;
+  const u32 at = kind == 0 ? 0 : kind == 1 ? AT_V : kind == 2 ? AT_KN : AT_VN;
   int stage = 0, phase = 1;
-  Walk walk = start_walk(a);
+  Walk walk = start_walk(a, plan);
   Segment segment;
   while (next_segment(a, walk, segment)) {
     // Pages that some row of the sequence sees; others are neither looked up nor read.
@@ -255,28 +293,22 @@ __device__ __forceinline__ void produce(const Args& a, u32 smem, int lane) {
     int base = segment.begin * STAGE_PAGES;
     i64 ids = page_id(base + lane), next = page_id(base + 32 + lane);
     for (int u = segment.begin; u < segment.begin + segment.count; u++) {
+      if (u * STAGE_PAGES - base == 32) {
+        base += 32;
+        ids = next;
+        next = page_id(base + 32 + lane);
+      }
       barrier_wait(empty + 8 * stage, phase);
       if (lane == 0) barrier_expect(full + 8 * stage, STAGE_BYTES);
       __syncwarp();
+      const u32 to = smem + RING_AT + stage * STAGE_BYTES + at;
 #pragma unroll
-      for (int i = 0; i < STAGE_PAGES; i++) {
-        const int page = u * STAGE_PAGES + i;
-        if (page - base == 32) {
-          base += 32;
-          ids = next;
-          next = page_id(base + 32 + lane);
-        }
-        const i64 id = __shfl_sync(FULL_WARP, ids, page - base);
+      for (int first = 0; first < STAGE_PAGES; first += 8) {
+        const int i = first + (lane >> 2);
+        const i64 id = __shfl_sync(FULL_WARP, ids, u * STAGE_PAGES + i - base);
         const i64 block = id / (BLOCK_SIZE / PAGE), token = id % (BLOCK_SIZE / PAGE) * PAGE;
-        const u32 to = smem + RING_AT + stage * STAGE_BYTES + i * PAGE_BYTES, done = full + 8 * stage;
-        if (lane == 0)
-          bulk_copy(to, a.k_packed + block * a.k_block_stride + token * a.k_token_stride + head * a.k_head_stride, K_PAGE, done);
-        if (lane == 1)
-          bulk_copy(to + AT_V, a.v_packed + block * a.v_block_stride + token * a.v_token_stride + head * a.v_head_stride, V_PAGE, done);
-        if (lane == 2)
-          bulk_copy(to + AT_KN, a.k_norms + block * a.kn_block_stride + token * a.kn_token_stride + head * a.kn_head_stride, NORM_PAGE, done);
-        if (lane == 3)
-          bulk_copy(to + AT_VN, a.v_norms + block * a.vn_block_stride + token * a.vn_token_stride + head * a.vn_head_stride, NORM_PAGE, done);
+        if (i < STAGE_PAGES)
+          bulk_copy(to + i * PAGE_BYTES, from + block * block_stride + token * token_stride, bytes, full + 8 * stage);
       }
       if (++stage == STAGES) stage = 0, phase ^= 1;
     }
@@ -285,7 +317,196 @@ __device__ __forceinline__ void produce(const Args& a, u32 smem, int lane) {
 
 // ---- the consumer warps
 
-__device__ __forceinline__ void consume(const Args& a, u32 smem, int lane, int warp) {
+__device__ __forceinline__ void unpack_halves(uint4 x, float* v) {
+  const u32 w[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int k = 0; k < 8; k++) v[k] = half_to_float((u16)(w[k / 2] >> k % 2 * 16));
+}
+#if SHARES > 1
+// Combine the part of the first share, in global memory, with those of the others, shares[1 ..].
+__device__ __forceinline__ void add_shares(const Args& a, i64 part, int count, const TileRows* shares, int lane) {
+  for (int first = 0; first < count; first += 4) {  // 8 lanes a row, 16 dims a lane
+    const int r = min(first + (lane >> 3), count - 1);
+    const i64 row = part * a.tile_rows + r;
+    u16* to = a.parts + row * D + 16 * (lane & 7);
+    float2 scale[SHARES];
+    float top = NEVER, most = 0.f, total = 0.f, v[16] = {};
+#pragma unroll
+    for (int s = 0; s < SHARES; s++) {
+      scale[s] = s ? shares[s].scales[r] : a.part_scales[row];
+      top = fmaxf(top, scale[s].x);
+    }
+#pragma unroll
+    for (int s = 0; s < SHARES; s++)
+      if (scale[s].x > NEVER) most = fmaxf(most, scale[s].y);
+#pragma unroll
+    for (int s = 0; s < SHARES; s++) {
+      const float weight = exp2_approx(scale[s].x - top), factor = most > 0.f ? weight * (scale[s].y / most) : 0.f;
+      const uint4* from = (const uint4*)(s ? shares[s].part[r] + 16 * (lane & 7) : to);
+      float x[16];
+      unpack_halves(from[0], x);
+      unpack_halves(from[1], x + 8);
+#pragma unroll
+      for (int k = 0; k < 16; k++) v[k] = fmaf(factor, x[k], v[k]);
+      total += weight;
+    }
+    const float inverse = total > 0.f ? 1.f / total : 0.f;
+    u32 w[8];
+#pragma unroll
+    for (int k = 0; k < 8; k++) w[k] = pack_half2(v[2 * k] * inverse, v[2 * k + 1] * inverse);
+    __syncwarp();  // all have read what is overwritten
+    if (first + (lane >> 3) < count) {
+      ((uint4*)to)[0] = make_uint4(w[0], w[1], w[2], w[3]);
+      ((uint4*)to)[1] = make_uint4(w[4], w[5], w[6], w[7]);
+      if ((lane & 7) == 0)
+        a.part_scales[row] = make_float2(total > 0.f ? top + log2_approx(total) : __uint_as_float(0xff800000u), most);
+    }
+  }
+}
+#endif
+
+// 16 dims of a row, from 16 (lane % 8) on, to the fragments of row r of 8.
+__device__ __forceinline__ void put_fragments(uint2 (&query)[8][32], const float (&v)[16], int r, int lane) {
+  const int c = (lane & 7) >> 1, product = (lane & 1) * 4;
+#pragma unroll
+  for (int k = 0; k < 4; k++)
+    query[product + k][4 * r + c] =
+        make_uint2(pack_half2(v[4 * k], v[4 * k + 1]), pack_half2(v[4 * k + 2], v[4 * k + 3]));
+}
+
+#if FUSED
+// 16 dims of a row of the query, 16 bytes at a time.
+__device__ __forceinline__ void load_sixteen(const Args& a, i64 at, float (&v)[16]) {
+  if (a.query_dtype == FLOAT32) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint4 x = ((const uint4*)((const float*)a.query + at))[i];
+      v[4 * i] = __uint_as_float(x.x), v[4 * i + 1] = __uint_as_float(x.y);
+      v[4 * i + 2] = __uint_as_float(x.z), v[4 * i + 3] = __uint_as_float(x.w);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const uint4 x = ((const uint4*)((const u16*)a.query + at))[i];
+    if (a.query_dtype == FLOAT16) {
+      unpack_halves(x, v + 8 * i);
+    } else {
+      const u32 w[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int k = 0; k < 8; k++) v[8 * i + k] = __uint_as_float(k % 2 ? w[k / 2] & 0xffff0000u : w[k / 2] << 16);
+    }
+  }
+}
+// Rotate four rows from row `first` of a tile on: 8 lanes a row, 16 dims a lane.
+__device__ __forceinline__ void rotate_rows(const Args& a, const Segment& segment, const Rows& rows, int kv_head,
+                                            TileRows& to, int first, int lane) {
+  const int part = lane & 7, r = first + (lane >> 3), heads = a.num_kv_heads * a.group;
+  auto signs = [&](int step) { return a.k_signs[step * SIGN_WORDS + part / 2] >> 16 * (part & 1) & 0xffff; };
+  u64 early = 0;  // 16 bits a step
+#pragma unroll
+  for (int k = 0; k < EARLY_STEPS; k++)
+    if (k < a.k_steps) early |= (u64)signs(k) << 16 * k;
+  const u32 row = (u32)query_row(a, segment, rows, r < rows.count ? r : 0, kv_head);
+  float v[16];
+  load_sixteen(a, row / heads * a.q_token_stride + row % heads * a.q_head_stride + 16 * part, v);
+  float shift = 0.f;
+  if (a.key_offset) {
+    const float* o = offset_of(a, segment.s, kv_head) + 16 * part;
+#pragma unroll
+    for (int i = 0; i < 16; i++) shift = fmaf(v[i], o[i], shift);
+  }
+#pragma unroll
+  for (int k = 1; k < 8; k <<= 1) shift += __shfl_xor_sync(FULL_WARP, shift, k);
+  if (part == 0) to.shifts[r] = shift * a.offset_factor;
+#pragma unroll 1
+  for (int step = 0; step < a.k_steps; step++) {
+    const u32 bits = step < EARLY_STEPS ? (u32)(early >> 16 * step) : signs(step);
+    const float gain = 0.08838834764831845f;  // 1 / sqrt(D)
+#pragma unroll
+    for (int i = 0; i < 16; i++) v[i] *= bits >> i & 1 ? -gain : gain;
+#pragma unroll
+    for (int h = 1; h < 16; h *= 2)
+#pragma unroll
+      for (int i = 0; i < 16; i++)
+        if (!(i & h)) {
+          const float y = v[i], z = v[i + h];
+          v[i] = y + z;
+          v[i + h] = y - z;
+        }
+#pragma unroll
+    for (int h = 1; h < 8; h *= 2) {
+      const float sign = part & h ? -1.f : 1.f;
+#pragma unroll
+      for (int i = 0; i < 16; i++) v[i] = fmaf(v[i], sign, __shfl_xor_sync(FULL_WARP, v[i], h));
+    }
+  }
+  float largest = 0.f;
+#pragma unroll
+  for (int i = 0; i < 16; i++) largest = fmaxf(largest, fabsf(v[i]));
+  const PowerOfTwo up = power_below(warp_max(r < rows.count ? largest : 0.f));
+  if (lane == 0) to.factors[first / 4] = a.score_factor / up.first / up.second;
+#pragma unroll
+  for (int i = 0; i < 16; i++) v[i] = r < rows.count ? up.times(v[i]) : 0.f;
+  put_fragments(to.query[first / 8], v, r & 7, lane);
+}
+#endif
+// Four rows that attention_query has rotated, brought to a common factor.
+__device__ __forceinline__ void load_rows(const Args& a, const Segment& segment, const Rows& rows, int kv_head,
+                                          TileRows& to, int first, int lane) {
+  const int r = first + (lane >> 3);
+  const i64 row = query_row(a, segment, rows, r < rows.count ? r : 0, kv_head);
+  const float2 factor = r < rows.count ? a.q_factors[row] : make_float2(0.f, 0.f);
+  if ((lane & 7) == 0) to.shifts[r] = factor.y;
+  const float largest = warp_max(factor.x);  // powers of two times a constant: the ratio is exact
+  if (lane == 0) to.factors[first / 4] = largest;
+  const float ratio = largest > 0.f ? factor.x / largest : 0.f;
+  const uint4* from = (const uint4*)(a.q_rows + row * Q_PITCH + 16 * (lane & 7));
+  float v[16];
+  unpack_halves(from[0], v);
+  unpack_halves(from[1], v + 8);
+#pragma unroll
+  for (int i = 0; i < 16; i++) v[i] *= ratio;
+  put_fragments(to.query[first / 8], v, r & 7, lane);
+}
+// All rows of a tile to shared memory, with one factor of the scores, which is returned.
+__device__ __forceinline__ float stage_rows(const Args& a, const Segment& segment, const Rows& rows, int kv_head,
+                                            TileRows& to, int lane) {
+  __syncwarp();  // those of the segment before are read
+#pragma unroll 1
+  for (int first = 0; first < 8 * ROW_TILES; first += 4) {
+    if (first < rows.count) {
+#if FUSED
+      rotate_rows(a, segment, rows, kv_head, to, first, lane);
+#else
+      load_rows(a, segment, rows, kv_head, to, first, lane);
+#endif
+    } else {
+      const float zeros[16] = {};
+      put_fragments(to.query[first / 8], zeros, (first & 7) + (lane >> 3), lane);
+      if (lane == 0) to.factors[first / 4] = 0.f;
+    }
+  }
+  __syncwarp();
+  float factor = 0.f;
+#pragma unroll
+  for (int i = 0; i < 2 * ROW_TILES; i++) factor = fmaxf(factor, to.factors[i]);
+#pragma unroll 1
+  for (int tile = 0; tile < ROW_TILES; tile++) {
+    const float own = to.factors[2 * tile + (lane >> 4)], ratio = own > 0.f ? own / factor : 1.f;
+    if (!__any_sync(FULL_WARP, ratio != 1.f)) continue;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      uint2& x = to.query[tile][j][lane];
+      x = make_uint2(pack_half2(half_to_float((u16)x.x) * ratio, half_to_float((u16)(x.x >> 16)) * ratio),
+                     pack_half2(half_to_float((u16)x.y) * ratio, half_to_float((u16)(x.y >> 16)) * ratio));
+    }
+  }
+  __syncwarp();
+  return factor;
+}
+
+__device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem, int lane, int warp) {
   const u32 full = smem + BARRIERS_AT, empty = full + 8 * STAGES;
   const int g = lane >> 2, c = lane & 3, head = warp / SHARES, share = warp % SHARES;
   const int kv_head = blockIdx.y * HEADS + head;
@@ -298,42 +519,32 @@ __device__ __forceinline__ void consume(const Args& a, u32 smem, int lane, int w
   const u32 v_base = ring + AT_V + head * V_HEAD + (g * (V_VECTOR / 8) & ~3);
   const u32 v_at[2] = {v_base + token_of_row(2 * c) * V_TOKEN, v_base + token_of_row(2 * c + 1) * V_TOKEN};
   const u32 odd = g & 1;
+  TileRows& mine = ((TileRows*)(dynamic_shared() + ROWS_AT))[warp];
 
   u32 stage = 0, phase = 0;
-  Walk walk = start_walk(a);
+  Walk walk = start_walk(a, plan);
   Segment segment;
 #pragma unroll 1
   while (next_segment(a, walk, segment)) {
     const Rows rows = rows_of(a, segment);
-    // Rows of the scores (2c, 2c + 1) and row of the query (g) of this lane.
-    int low[2], high[2];
+    const float q_factor = stage_rows(a, segment, rows, kv_head, mine, lane);
+#if QUERY_IN_REGISTERS
+    uint2 qb[ROW_TILES][8];
 #pragma unroll
-    for (int e = 0; e < 2; e++) row_limits(a, segment, rows, 2 * c + e, low[e], high[e]);
-    u32 qb[8][2];
-    float q_factor, shift[2];
+    for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
-    for (int e = 0; e < 2; e++)
-      shift[e] = a.q_factors[query_row(a, segment, rows, 2 * c + e < rows.count ? 2 * c + e : 0, kv_head)].y;
-    {
-      const i64 row = query_row(a, segment, rows, g < rows.count ? g : 0, kv_head);
-      const float factor = g < rows.count ? a.q_factors[row].x : 0.f;
-      q_factor = warp_max(factor);  // powers of two times a constant: the ratio is exact
-      const float ratio = q_factor > 0.f ? factor / q_factor : 0.f;
-      const uint4* from = (const uint4*)(a.q_rows + row * Q_PITCH + 32 * c);
+      for (int j = 0; j < 8; j++) qb[n][j] = mine.query[n][j][lane];
+#endif
+    float o[ROW_TILES][8][4], top[ROW_TILES][2], sum[ROW_TILES][2];
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const uint4 x = from[i];
-        const u32 w[4] = {x.x, x.y, x.z, x.w};
+    for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-          qb[2 * i + k / 2][k % 2] =
-              pack_half2(half_to_float((u16)w[k]) * ratio, half_to_float((u16)(w[k] >> 16)) * ratio);
-      }
-    }
-    float o[8][4], top[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
+      for (int e = 0; e < 2; e++) top[n][e] = NEVER, sum[n][e] = 0.f;
     float up = 1.2676506e30f;  // 2^100; see NORM_LIMIT below
 #pragma unroll
-    for (int i = 0; i < 8; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
+    for (int n = 0; n < ROW_TILES; n++)
+#pragma unroll
+      for (int i = 0; i < 8; i++) o[n][i][0] = o[n][i][1] = o[n][i][2] = o[n][i][3] = 0.f;
 
 #pragma unroll 1
     for (int u = segment.begin; u < segment.begin + segment.count; u++) {
@@ -341,7 +552,7 @@ __device__ __forceinline__ void consume(const Args& a, u32 smem, int lane, int w
     barrier_wait(full + 8 * stage, phase);
     __syncwarp();
     u32 kw[SUB][2][K_WORDS], vw[SUB][4][V_WORDS];
-    float kn[SUB][2], vn[SUB][2], x[SUB][4];
+    float kn[SUB][2], vn[SUB][2], x[SUB][ROW_TILES][4];
     auto read_v = [&](int p) {
       const u32 page = at + p * PAGE_BYTES;
 #pragma unroll
@@ -370,50 +581,80 @@ __device__ __forceinline__ void consume(const Args& a, u32 smem, int lane, int w
     for (int p = 0; p < SUB; p++) {
       u32 f[8][4];
       keys(kw[p][0], kw[p][1], f, k_bank);
+#if ROW_TILES == 1
       float z[4];  // two chains of products
-      mma_zero(x[p], f[0][0], f[0][1], f[0][2], f[0][3], qb[0][0], qb[0][1]);
-      mma_zero(z, f[1][0], f[1][1], f[1][2], f[1][3], qb[1][0], qb[1][1]);
+      mma_zero(x[p][0], f[0], qb[0][0]);
+      mma_zero(z, f[1], qb[0][1]);
 #pragma unroll
       for (int j = 2; j < 8; j += 2) {
-        mma(x[p], f[j][0], f[j][1], f[j][2], f[j][3], qb[j][0], qb[j][1]);
-        mma(z, f[j + 1][0], f[j + 1][1], f[j + 1][2], f[j + 1][3], qb[j + 1][0], qb[j + 1][1]);
+        mma(x[p][0], f[j], qb[0][j]);
+        mma(z, f[j + 1], qb[0][j + 1]);
       }
 #pragma unroll
-      for (int k = 0; k < 4; k++) x[p][k] += z[k];
+      for (int k = 0; k < 4; k++) x[p][0][k] += z[k];
+#else
+#pragma unroll
+      for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++) {
+#if QUERY_IN_REGISTERS
+          const uint2 q = qb[n][j];
+#else
+          const uint2 q = mine.query[n][j][lane];
+#endif
+          if (j == 0) mma_zero(x[p][n], f[j], q);
+          else mma(x[p][n], f[j], q);
+        }
+#endif
     }
-    // x: [token row g: 0, 1; g + 8: 2, 3][query row 2c, 2c + 1].  Masked scores become -inf.
+    // x: [8 rows][token row g: 0, 1; g + 8: 2, 3][query row 2c, 2c + 1].  Masked scores become -inf.
     const int first_token = (u * STAGE_PAGES + share * SUB) * PAGE;
 #pragma unroll
     for (int p = 0; p < SUB; p++) kn[p][0] *= q_factor, kn[p][1] *= q_factor;
     if (first_token + SUB * PAGE - 1 > rows.all_high || first_token < rows.all_low) {
 #pragma unroll
+      for (int n = 0; n < ROW_TILES; n++) {
+        int low[2], high[2];
+#pragma unroll
+        for (int k = 0; k < 2; k++) row_limits(a, segment, rows, 8 * n + 2 * c + k, low[k], high[k]);
+#pragma unroll
+        for (int p = 0; p < SUB; p++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const int t = first_token + p * PAGE + row_token + 8 * e;
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+              const float score = x[p][n][2 * e + k] * kn[p][e];
+              x[p][n][2 * e + k] = t > high[k] || t < low[k] ? __uint_as_float(0xff800000u) : score;
+            }
+          }
+      }
+#pragma unroll
       for (int p = 0; p < SUB; p++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           const int t = first_token + p * PAGE + row_token + 8 * e;
-          const bool outside = t > rows.high || t < rows.low;
-#pragma unroll
-          for (int k = 0; k < 2; k++) {
-            const float score = x[p][2 * e + k] * kn[p][e];
-            x[p][2 * e + k] = t > high[k] || t < low[k] ? __uint_as_float(0xff800000u) : score;
-          }
           kn[p][e] = 1.f;
-          if (outside) vn[p][e] = 0.f;
+          if (t > rows.high || t < rows.low) vn[p][e] = 0.f;
         }
     }
     // Exponents relative to a lazy running maximum.  Weights p * norm go to float16 as
     // p * (norm * up), p <= 2^5; `up` is a power of two that keeps norm * up below 2^10.
-    float y[SUB][4], above = NEVER, norm = 0.f;
+    float y[SUB][ROW_TILES][4], above = NEVER, norm = 0.f;
     auto subtract_top = [&] {
 #pragma unroll
       for (int p = 0; p < SUB; p++)
 #pragma unroll
-        for (int k = 0; k < 4; k++) y[p][k] = fmaf(x[p][k], kn[p][k / 2], -top[k % 2]);
+        for (int n = 0; n < ROW_TILES; n++)
+#pragma unroll
+          for (int k = 0; k < 4; k++) y[p][n][k] = fmaf(x[p][n][k], kn[p][k / 2], -top[n][k % 2]);
     };
     subtract_top();
 #pragma unroll
     for (int p = 0; p < SUB; p++) {
-      above = fmaxf(above, fmaxf(fmaxf(y[p][0], y[p][1]), fmaxf(y[p][2], y[p][3])));
+#pragma unroll
+      for (int n = 0; n < ROW_TILES; n++)
+        above = fmaxf(above, fmaxf(fmaxf(y[p][n][0], y[p][n][1]), fmaxf(y[p][n][2], y[p][n][3])));
       norm = fmaxf(norm, fmaxf(fabsf(vn[p][0]), fabsf(vn[p][1])));
     }
     if (__any_sync(FULL_WARP, above > LAZY || norm * up > NORM_LIMIT)) {
@@ -426,22 +667,24 @@ __device__ __forceinline__ void consume(const Args& a, u32 smem, int lane, int w
         up = next;
       }
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        float now = top[e];
+      for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
-        for (int p = 0; p < SUB; p++)
-          now = fmaxf(now, fmaxf(x[p][e] * kn[p][0], x[p][2 + e] * kn[p][1]));
+        for (int e = 0; e < 2; e++) {
+          float now = top[n][e];
 #pragma unroll
-        for (int k = 4; k < 32; k <<= 1) now = fmaxf(now, __shfl_xor_sync(FULL_WARP, now, k));
-        const float down = exp2_approx(top[e] - now);
-        top[e] = now;
-        sum[e] *= down;
+          for (int p = 0; p < SUB; p++)
+            now = fmaxf(now, fmaxf(x[p][n][e] * kn[p][0], x[p][n][2 + e] * kn[p][1]));
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-          o[i][e] *= down * change;
-          o[i][2 + e] *= down * change;
+          for (int k = 4; k < 32; k <<= 1) now = fmaxf(now, __shfl_xor_sync(FULL_WARP, now, k));
+          const float down = exp2_approx(top[n][e] - now);
+          top[n][e] = now;
+          sum[n][e] *= down;
+#pragma unroll
+          for (int i = 0; i < 8; i++) {
+            o[n][i][e] *= down * change;
+            o[n][i][2 + e] *= down * change;
+          }
         }
-      }
       subtract_top();
     }
 #pragma unroll
@@ -450,51 +693,70 @@ __device__ __forceinline__ void consume(const Args& a, u32 smem, int lane, int w
         read_v(p);
         if (p == SUB - 1) release();
       }
-      u32 b[2];
+      uint2 b[ROW_TILES];
+      const float weight[2] = {vn[p][0] * up, vn[p][1] * up};
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const float w0 = exp2_approx(y[p][2 * e]), w1 = exp2_approx(y[p][2 * e + 1]);
-        sum[0] += w0;
-        sum[1] += w1;
-        const float weight = vn[p][e] * up;
-        b[e] = transpose8x8(pack_half2(w0 * weight, w1 * weight));
+      for (int n = 0; n < ROW_TILES; n++) {
+        u32 w[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const float w0 = exp2_approx(y[p][n][2 * e]), w1 = exp2_approx(y[p][n][2 * e + 1]);
+          sum[n][0] += w0;
+          sum[n][1] += w1;
+          w[e] = transpose8x8(pack_half2(w0 * weight[e], w1 * weight[e]));
+        }
+        b[n] = make_uint2(w[0], w[1]);
       }
       u32 lower[16], upper[16];
       values(vw[p][0], vw[p][1], lower, v_bank);
       values(vw[p][2], vw[p][3], upper, v_bank);
 #pragma unroll
-      for (int i = 0; i < 8; i++)
-        mma(o[i], lower[2 * i], lower[2 * i + 1], upper[2 * i], upper[2 * i + 1], b[0], b[1]);
+      for (int i = 0; i < 8; i++) {
+        const u32 f[4] = {lower[2 * i], lower[2 * i + 1], upper[2 * i], upper[2 * i + 1]};
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++) mma(o[n][i], f, b[n]);
+      }
     }
     if (++stage == STAGES) stage = 0, phase ^= 1;
     }
 
-    const i64 part = (segment.slot * SHARES + share) * a.num_kv_heads + kv_head;
+    // Write the part.  Lane (g, c) has dims 16 g .. 16 g + 15 of rows 8 n + 2 c, 8 n + 2 c + 1.
+    const i64 part = segment.slot * a.num_kv_heads + kv_head;
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      for (int k = 4; k < 32; k <<= 1) sum[e] += __shfl_xor_sync(FULL_WARP, sum[e], k);
-      const int r = 2 * c + e;
-      if (r < rows.count) {  // lane g holds dims 16 g .. 16 g + 15 of row r
-        const float inverse = sum[e] > 0.f ? __fdividef(1.f, sum[e]) : 0.f;
-        uint4* to = (uint4*)(a.parts + (part * a.tile_rows + r) * D + 16 * g);
+    for (int n = 0; n < ROW_TILES; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        for (int k = 4; k < 32; k <<= 1) sum[n][e] += __shfl_xor_sync(FULL_WARP, sum[n][e], k);
+        const int r = 8 * n + 2 * c + e;
+        const float inverse = sum[n][e] > 0.f ? __fdividef(1.f, sum[n][e]) : 0.f;
+        const float2 scale = make_float2(
+            sum[n][e] > 0.f ? top[n][e] + log2_approx(sum[n][e]) + mine.shifts[r] : __uint_as_float(0xff800000u),
+            1.f / up);
         u32 w[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) {
 #if VALUE_BITS == 2
-          const float first = i % 2 ? o[i][e] : o[i + 1][2 + e], second = i % 2 ? o[i - 1][e] : o[i][2 + e];
+          const float first = i % 2 ? o[n][i][e] : o[n][i + 1][2 + e], second = i % 2 ? o[n][i - 1][e] : o[n][i][2 + e];
 #else
-          const float first = o[i][e], second = o[i][2 + e];
+          const float first = o[n][i][e], second = o[n][i][2 + e];
 #endif
           w[i] = pack_half2(first * inverse, second * inverse);
         }
-        to[0] = make_uint4(w[0], w[1], w[2], w[3]);
-        to[1] = make_uint4(w[4], w[5], w[6], w[7]);
-        if (g == 0)
-          a.part_scales[part * a.tile_rows + r] = make_float2(
-              sum[e] > 0.f ? top[e] + log2_approx(sum[e]) + shift[e] : __uint_as_float(0xff800000u),
-              1.f / up);
+        const bool here = SHARES > 1 && share > 0;
+        if (r < rows.count) {
+          const i64 row = part * a.tile_rows + r;
+          uint4* to = (uint4*)((here ? mine.part[r] : a.parts + row * D) + 16 * g);
+          to[0] = make_uint4(w[0], w[1], w[2], w[3]);
+          to[1] = make_uint4(w[4], w[5], w[6], w[7]);
+          if (g == 0) *(here ? mine.scales + r : a.part_scales + row) = scale;
+        }
       }
-    }
+#if SHARES > 1
+    // The first share adds the others to its part.  It has just written what it reads of it.
+    named_barrier(2 + head, 32 * SHARES);
+    if (share == 0) add_shares(a, part, rows.count, &mine, lane);
+    named_barrier(2 + head, 32 * SHARES);
+#endif
   }
 }
 
@@ -502,19 +764,36 @@ extern "C" __global__ void __launch_bounds__(PAGES_THREADS, 1) attention_pages(c
   const u32 smem = shared_address(dynamic_shared());
   if (smem != SMEM_BASE) trap();  // table32 has it as a constant
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  if (tid == 32 * CONSUMERS) {
-    for (int i = 0; i < STAGES; i++) {
-      barrier_init(smem + BARRIERS_AT + 8 * i, 1);
-      barrier_init(smem + BARRIERS_AT + 8 * (STAGES + i), CONSUMERS);
+  i64* plan = FUSED ? (i64*)(dynamic_shared() + PLAN_AT) : a.plan;
+  if (warp >= CONSUMERS) {
+    if (REGISTERS_MOVED) give_registers<56>();
+    if (warp > CONSUMERS) return;
+    if (lane == 0) {
+      for (int i = 0; i < STAGES; i++) {
+        barrier_init(smem + BARRIERS_AT + 8 * i, 1);
+        barrier_init(smem + BARRIERS_AT + 8 * (STAGES + i), CONSUMERS);
+      }
+      fence_barrier_init();
     }
-    fence_barrier_init();
-  }
-  __syncthreads();
-  if (warp == CONSUMERS) {
-    produce(a, smem, lane);
+    if (FUSED) write_short_plan(a, plan, lane);
+    __syncwarp();
+    named_barrier_arrive(MERGE_BARRIER, WORKING_THREADS);
+    produce(a, plan, smem, lane);
   } else {
+    if (REGISTERS_MOVED) take_registers<224>();  // with 4 warps of 56 as many as 12 warps of 168
     fill_tables(a, tid);
-    named_barrier(1, 32 * CONSUMERS);
-    consume(a, smem, lane, warp);
+    named_barrier(MERGE_BARRIER, WORKING_THREADS);
+    consume(a, plan, smem, lane, warp);
+#if FUSED
+    const Signs signs = load_signs(a.v_signs, a.v_steps, lane);
+    const u32 block = blockIdx.y * gridDim.x + blockIdx.x, blocks = gridDim.x * gridDim.y;
+    named_barrier(MERGE_BARRIER, 32 * CONSUMERS);
+    if (tid == 0) grid_barrier(a.barrier, block, blocks);
+    named_barrier(MERGE_BARRIER, 32 * CONSUMERS);
+    MergeSpace& space = *(MergeSpace*)(dynamic_shared() + ROWS_AT);
+    const int at_once = MERGE_WARPS / a.merge_warps;
+    for (i64 row = (i64)block * at_once; row < (i64)a.num_tokens * a.num_kv_heads * a.group; row += (i64)blocks * at_once)
+      merge_rows(a, plan, row, signs, space, warp, lane);
+#endif
   }
 }

@@ -48,6 +48,12 @@ __device__ __forceinline__ void mma_zero(float (&d)[4], u32 a0, u32 a1, u32 a2, 
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.f));
 }
+__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], uint2 b) {
+  mma(d, a[0], a[1], a[2], a[3], b.x, b.y);
+}
+__device__ __forceinline__ void mma_zero(float (&d)[4], const u32 (&a)[4], uint2 b) {
+  mma_zero(d, a[0], a[1], a[2], a[3], b.x, b.y);
+}
 // Transpose of an 8x8 matrix of float16 that lies in a warp as mma fragments do.
 __device__ __forceinline__ u32 transpose8x8(u32 a) {
   u32 r;
@@ -94,6 +100,39 @@ __device__ __forceinline__ uint4 ring128(u32 a) {
 }
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Registers a thread from here on, for a group of four warps; compute capability 9.0a.
+template <int COUNT> __device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> __device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// ---- all blocks of a launch, which run at the same time
+
+// One thread of each block: what any block wrote before, all may read behind it.  The top bit of
+// the counter changes when the last block comes; its other bits are zero then.
+__device__ __forceinline__ void grid_barrier(u32* counter, u32 block, u32 blocks) {
+  __threadfence();
+  u32 before, now;
+  asm volatile("atom.add.release.gpu.u32 %0, [%1], %2;"
+               : "=r"(before) : "l"(counter), "r"(block ? 1 : 0x80000000u - (blocks - 1)) : "memory");
+  do {
+    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  } while (!((before ^ now) & 0x80000000u));
+  __threadfence();
+}
+// A load that does not look into the L1 cache.
+__device__ __forceinline__ uint2 load_shared_by_blocks(const uint2* p) {
+  uint2 r;
+  asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p) : "memory");
+  return r;
 }
 
 // ---- mbarriers and bulk copies (compute capability 9.0)

@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(32 * QUERY_WARPS) attention_query(c
   float offset = 0.f;
   if (a.key_offset) {
     const int s = sequence_of_token(a, token);
-    const float* o = a.key_offset + ((i64)s * a.num_kv_heads + head / a.group) * D;
+    const float* o = offset_of(a, s, head / a.group);
     for (int i = lane; i < D; i += 32) offset = fmaf(x[i], o[i], offset);
     offset = warp_sum(offset) * a.offset_factor;
   }
@@ -82,14 +82,10 @@ extern "C" __global__ void __launch_bounds__(32 * QUERY_WARPS) attention_query(c
   }
   float largest = 0.f;
   for (int i = lane; i < D; i += 32) largest = fmaxf(largest, fabsf(x[i]));
-  largest = warp_max(largest);
-  // 2^e <= largest < 2^(e+1); rows below 2^-100 are as good as zero.
-  const int exponent = (int)(__float_as_uint(fmaxf(largest, 7.9e-31f)) >> 23) - 127;
-  const float up = __uint_as_float((u32)(127 + 7 - exponent / 2) << 23);
-  const float up_rest = __uint_as_float((u32)(127 + 7 - (exponent - exponent / 2)) << 23);
+  const PowerOfTwo up = power_below(warp_max(largest));
   u16* to = a.q_rows + row * Q_PITCH;
   for (int i = lane; i < Q_PITCH; i += 32)
-    to[i] = i < D ? (u16)pack_half2(x[i] * up * up_rest, 0.f) : (u16)0;
+    to[i] = i < D ? (u16)pack_half2(up.times(x[i]), 0.f) : (u16)0;
   if (lane == 0)
-    a.q_factors[row] = make_float2(a.score_factor / up / up_rest, offset);
+    a.q_factors[row] = make_float2(a.score_factor / up.first / up.second, offset);
 }

@@ -45,16 +45,20 @@ __device__ __forceinline__ void mix_halves(float* x, int lane) {
 #define EARLY_STEPS 4  // their signs are loaded before anything waits
 
 struct Signs {
-  u32 early[EARLY_STEPS];  // bits of this lane's neighbours, set = negative
+  u32 early;  // PER_LANE bits a step of this lane's neighbours, set = negative
 };
 __device__ __forceinline__ u32 lane_signs(const u32* signs, int step, int lane) {
   return signs[step * SIGN_WORDS + PER_LANE * lane / 32] >> PER_LANE * lane % 32;
 }
 __device__ __forceinline__ Signs load_signs(const u32* signs, int steps, int lane) {
-  Signs r;
+  Signs r = {0};
 #pragma unroll
-  for (int k = 0; k < EARLY_STEPS; k++) r.early[k] = k < steps ? lane_signs(signs, k, lane) : 0;
+  for (int k = 0; k < EARLY_STEPS; k++)
+    if (k < steps) r.early |= (lane_signs(signs, k, lane) & ((1u << PER_LANE) - 1)) << PER_LANE * k;
   return r;
+}
+__device__ __forceinline__ u32 signs_of_step(const Signs& known, const u32* signs, int step, int lane) {
+  return step < EARLY_STEPS ? known.early >> PER_LANE * step : lane_signs(signs, step, lane);
 }
 __device__ __forceinline__ void flip(float (&v)[PER_LANE], u32 bits) {
   const float gain = rsqrtf((float)D);
@@ -82,14 +86,9 @@ __device__ __forceinline__ void rotate_row(float* x, const Signs& known, const u
   float v[PER_LANE];
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) v[i] = x[PER_LANE * lane + i];
-#pragma unroll
-  for (int step = 0; step < EARLY_STEPS; step++)
-    if (step < steps) {
-      flip(v, known.early[step]);
-      transform_lanes(v, lane);
-    }
-  for (int step = EARLY_STEPS; step < steps; step++) {
-    flip(v, lane_signs(signs, step, lane));
+#pragma unroll 1
+  for (int step = 0; step < steps; step++) {
+    flip(v, signs_of_step(known, signs, step, lane));
     transform_lanes(v, lane);
   }
 #pragma unroll
@@ -100,16 +99,11 @@ __device__ __forceinline__ void rotate_row_back(float* x, const Signs& known, co
   float v[PER_LANE];
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) v[i] = x[PER_LANE * lane + i];
-  for (int step = steps - 1; step >= EARLY_STEPS; step--) {
+#pragma unroll 1
+  for (int step = steps - 1; step >= 0; step--) {
     transform_lanes(v, lane);
-    flip(v, lane_signs(signs, step, lane));
+    flip(v, signs_of_step(known, signs, step, lane));
   }
-#pragma unroll
-  for (int step = EARLY_STEPS - 1; step >= 0; step--)
-    if (step < steps) {
-      transform_lanes(v, lane);
-      flip(v, known.early[step]);
-    }
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) x[PER_LANE * lane + i] = v[i];
   __syncwarp();

@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attention_s
   const float* kn_head = a.k_norms + kv_head * a.kn_head_stride;
   const float* vn_head = a.v_norms + kv_head * a.vn_head_stride;
 
-  Walk walk = start_walk(a);
+  Walk walk = start_walk(a, a.plan);
   Segment segment;
   while (next_segment(a, walk, segment)) {
     const Rows rows = rows_of(a, segment);
