@@ -43,7 +43,7 @@ def time_decoding(model: Model, cache: Cache, context: int, count: int) -> dict[
     batch = Batch(model, cache)
     for seed in range(count):
         sequence = fill(model, cache, context - steps - 1, seed)
-        batch.submit([1 + seed], sequence=sequence, max_new_tokens=steps + 1)
+        batch.submit([1 + seed], sequence=sequence, max_new_tokens=steps)
     for _ in range(WARM_UP):
         batch.step()
     done, start = 0, time.perf_counter()

@@ -72,11 +72,12 @@ def make_cache(
         return FloatCache(*sizes, max_sequences, max_tokens, dtype=dtype, device=device)
     if kind != "turboquant":
         raise ValueError(f"a cache is 'float' or 'turboquant', got {kind!r}")
-    block_size = 16
     return PagedKVCache(
         *sizes,
-        num_blocks=max_sequences * -(-max_tokens // block_size),
-        block_size=block_size,
+        num_blocks=max_sequences * -(-max_tokens // 16),
+        # The first page, the recent ones before a chunk of a prompt and those after it.
+        num_full_blocks=max_sequences * (1 + 5 + 6),
+        block_size=16,
         max_sequences=max_sequences,
         key_bits=key_bits,
         value_bits=value_bits,

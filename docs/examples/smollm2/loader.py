@@ -16,7 +16,15 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Config", "Layer", "Weights", "find_weights", "load_weights"]
+__all__ = [
+    "SMOLLM2",
+    "Config",
+    "Layer",
+    "Weights",
+    "find_weights",
+    "load_weights",
+    "random_weights",
+]
 
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -41,6 +49,18 @@ class Config:
     context: int
     rope_base: float
     norm_eps: float
+
+
+SMOLLM2 = Config(
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    width=576,
+    context=8192,
+    rope_base=1e5,
+    norm_eps=1e-5,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,3 +197,47 @@ def load_weights(
         layers=[layer(f"blk.{i}") for i in range(config.layers)],
         output_norm=gain("output_norm"),
     )
+
+
+def random_weights(
+    config: Config = SMOLLM2,
+    *,
+    vocabulary: int = 49152,
+    hidden: int = 1536,
+    seed: int = 0,
+    xp: Any = np,
+    dtype: Any = "float32",
+) -> Weights:
+    """Weights that say nothing, to test with and to time: the model is as fast as with real ones.
+
+    Parameters
+    ----------
+    config : Config
+    vocabulary, hidden : int
+        Number of tokens, and of channels between `gate_up` and `ffn_down`.
+    seed : int
+    xp, dtype
+        As for `load_weights`; the numbers are the same on every device.
+    """
+    random = np.random.Generator(np.random.PCG64(seed))
+
+    def matrix(rows: int, columns: int) -> Any:
+        values = random.standard_normal((rows, columns), np.float32)
+        return xp.asarray((values * np.float32(2 / np.sqrt(rows))).astype(dtype))
+
+    def gain() -> Any:
+        return xp.asarray(1 + random.standard_normal(config.width, np.float32) / 8)
+
+    inner = config.heads * config.head_dim
+    layers = [
+        Layer(
+            attn_norm=gain(),
+            qkv=matrix(config.width, inner + 2 * config.kv_heads * config.head_dim),
+            attn_output=matrix(inner, config.width),
+            ffn_norm=gain(),
+            gate_up=matrix(config.width, 2 * hidden),
+            ffn_down=matrix(hidden, config.width),
+        )
+        for _ in range(config.layers)
+    ]
+    return Weights(config, matrix(vocabulary, config.width), layers, gain())

@@ -13,7 +13,10 @@ SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
 class ChatTokenizer:
-    """Text to token ids and back; byte-level BPE, so every text is encoded and comes back.
+    """Text to token ids and back, by byte-level BPE.
+
+    A text comes back as it was, but for bytes that the vocabulary lacks: some control characters,
+    and characters beyond U+3FFFF.
 
     Parameters
     ----------
