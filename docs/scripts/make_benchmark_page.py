@@ -1,98 +1,117 @@
-"""Make docs/benchmarks/cpu.md and cpu.svg from a benchmark's JSON file.
+"""Fill the tables and draw the plots of a page in docs/benchmarks from the benchmark's JSON files.
 
 On a machine with nothing else to do::
 
-    turboquant-np bench --full --peers --json cpu.json
-    python docs/scripts/make_benchmark_page.py cpu.json
+    turboquant-np bench --section codec startup --peers --json cpu.json
+    python docs/scripts/make_benchmark_page.py docs/benchmarks/cpu.md cpu.json
 
-Needs matplotlib.
+Text between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is replaced, NAME being one of those
+that ``--help`` lists; everything else in a page is written by hand.  A picture ``PAGE-NAME.svg``
+that the page shows is drawn again.  Several files are taken as one run, for a benchmark that was
+measured in parts; the first says when and where.  Needs matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from turboquant_np.bench import report
-from turboquant_np.bench.plot import draw
+from turboquant_np.bench.plot import PLOTS, draw
 
-TARGET = Path(__file__).resolve().parents[1] / "benchmarks"
+Document = dict[str, Any]
+MARKED = re.compile(r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+SECTIONS: dict[str, Callable[[Document], str]] = {
+    "rooflines": lambda d: report.rooflines(d["lines"]),
+    "codec": lambda d: report.codec(d["lines"]),
+    "attention": lambda d: report.attention(d["lines"]),
+    "append": lambda d: report.append(d["lines"]),
+    "growth": lambda d: report.growth(d["growth"]),
+    "codec-peers": lambda d: report.codec_peers(d["peers"]),
+    "attention-peers": lambda d: report.attention_peers(d["peers"]),
+    "missing": lambda d: report.missing(d["missing"]),
+    "validation": lambda d: report.validation(d["validation"]),
+    "goals": lambda d: report.goals(d["goals"]),
+}
 
 
-def block(section: str) -> str:
-    """A section of the report without its title, as a block of text."""
-    return f"```text\n{section.partition(chr(10) * 2)[2].rstrip()}\n```"
+def merge(documents: list[Document]) -> Document:
+    """One document with the rows of all of them; of goals those that were measured."""
+    merged = dict(documents[0])
+    for document in documents[1:]:
+        for name, rows in document.items():
+            if isinstance(rows, list):
+                merged[name] = merged[name] + [row for row in rows if row not in merged[name]]
+            elif isinstance(rows, dict) and not merged[name]:
+                merged[name] = rows
+    return merged
 
 
-def page(document: dict[str, Any], remark: str) -> str:
-    """The Markdown page."""
-    about, startup = document["about"], document["startup"]
-    codec = document["codec"]
-    cpu = about["backend"]
-    packages = ("turboquant_np", "python", "numpy", "numba", "scipy")
-    versions = ", ".join(f"{package} {about['versions'][package]}" for package in packages)
-    full = "--full " if about["options"]["full"] else ""
-    return f"""\
-# Speed on a CPU
+def about(document: Document) -> str:
+    """The sentence on when and where."""
+    found = document["about"]
+    backend, versions = found["backend"], found["versions"]
+    what = [backend[name] for name in ("cpu", "simd", "driver") if name in backend]
+    packages = ("turboquant_np", "python", "numpy", "numba", "cupy", "torch", "faiss-cpu")
+    listed = ", ".join(f"{name} {versions[name]}" for name in packages if name in versions)
+    cores = "" if found["options"]["device"] == "cuda" else f", {found['cores']} cores"
+    where = f"{found['machine']} ({', '.join(what)})" if what else found["machine"]
+    return f"Measured on {found['date']}: {where}{cores}; {listed}.\n"
 
-Measured on {about["date"]}: {about["machine"]} ({cpu["cpu"]}, {cpu["simd"]}),
-{about["cores"]} cores; {versions}.
-{remark}
 
-```console
-$ turboquant-np bench {full}--peers
-```
+def startup(document: Document) -> str:
+    """Seconds of the first import and of the first encode."""
+    return report.startup(document["startup"]).removeprefix("Start: ").capitalize() + ".\n"
 
-![Speed of the codec by bit width, and of other libraries](cpu.svg)
 
-Figures are medians of calls that take turns, each with the roofline or the library it is compared
-with, so that whatever slows the machine slows both. One thread is a process that may run on one
-core only.
+def section(document: Document, name: str) -> str:
+    """Its table without the title, as a block of text."""
+    if name == "about":
+        return about(document)
+    if name == "startup":
+        return startup(document)
+    text = SECTIONS[name](document)
+    if not text:
+        raise SystemExit(f"the JSON files have nothing for <!-- begin {name} -->")
+    _, _, table = text.partition("\n\n")
+    return f"```text\n{table.rstrip()}\n```\n"
 
-## Encode and decode
 
-Million vectors per second. In brackets: bytes read and written per second, over the rate at which
-the machine reads (encode) or copies (decode) an array of the same size.
+def fill(page: str, document: Document) -> str:
+    """The page with what stands between markers replaced."""
+    known = {*SECTIONS, "about", "startup"}
+    for _, name, _ in MARKED.findall(page):
+        if name not in known:
+            raise SystemExit(f"unknown marker {name!r}; known: {', '.join(sorted(known))}")
+    return MARKED.sub(lambda found: found[1] + section(document, found[2]) + found[3], page)
 
-{block(report.codec(row for row in codec if row["rounds"]))}
 
-## Haar rotation
-
-In brackets: operations per second over those of NumPy's float64 matrix product of the same shape.
-The product is exact, so every machine gets the same bits.
-
-{block(report.haar(row for row in codec if not row["rounds"]))}
-
-## Other libraries
-
-Encoding of the same float32 vectors. The TurboQuant codes of faiss (`QT_4bit_tqmse`) store no norm;
-without its random rotation they lose the error bound, and the line shows what rounding and packing
-alone cost. turbovec's index has no decoder. turbo-quant-lite leaves its codes unpacked.
-
-{block(report.peers(document["peers"]))}
-
-## Start
-
-Import {startup["import_seconds"]:.2f} s, NumPy included; first encode of a process
-{startup["first_encode_seconds"]:.2f} s when the compiled kernels are cached.
-
-## Goals
-
-{block(report.goals(document["goals"]))}
-"""
+def draw_plots(page: Path, document: Document) -> None:
+    """Draw the pictures that the page shows."""
+    shown = set(re.findall(rf"\({page.stem}-(\w+)\.svg\)", page.read_text())) & PLOTS.keys()
+    with tempfile.TemporaryDirectory() as folder:
+        for path in draw(document, f"{folder}/{page.stem}.svg"):
+            if path.stem.removeprefix(f"{page.stem}-") in shown:
+                (page.parent / path.name).write_bytes(path.read_bytes())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the page about speed on a CPU.")
-    parser.add_argument("json", type=Path, help="written by turboquant-np bench --peers --json")
-    parser.add_argument("--remark", default="", help="about the machine's state, for the page")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"names: about, startup, {', '.join(SECTIONS)}; pictures: {', '.join(PLOTS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("page", type=Path, help="docs/benchmarks/....md")
+    parser.add_argument("json", type=Path, nargs="+", help="written by turboquant-np bench --json")
     arguments = parser.parse_args()
-    document = json.loads(arguments.json.read_text())
-    TARGET.mkdir(exist_ok=True)
-    (TARGET / "cpu.md").write_text(page(document, arguments.remark).replace("\n\n\n", "\n\n"))
-    draw(document, str(TARGET / "cpu.svg"))
+    document = merge([json.loads(path.read_text()) for path in arguments.json])
+    arguments.page.write_text(fill(arguments.page.read_text(), document))
+    draw_plots(arguments.page, document)
 
 
 if __name__ == "__main__":

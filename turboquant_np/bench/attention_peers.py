@@ -22,6 +22,9 @@ from .workbench import Row, Task, Workbench
 __all__ = ["ATTENTION_PEERS", "beside", "on_current_stream", "tasks"]
 
 
+TORCH_DEVICE = {"cpu": "cpu", "cuda": "cuda"}  # how torch calls a device; tests change it
+
+
 def on_current_stream(call: Call) -> Call:
     """`call`, with torch on the stream that is CuPy's current one when it runs."""
     import cupy
@@ -100,13 +103,14 @@ def flashinfer_decode(problem: Problem, dtype: str) -> list[Call]:
     kinds = {"float16": torch.float16, "float8": torch.float8_e4m3fn}
     width = case.blocks_per_sequence
     blocks = case.batch * width
-    place = {"device": "cuda", "dtype": torch.int32}
+    device = TORCH_DEVICE[problem.bench.device]
+    place = {"device": device, "dtype": torch.int32}
     order = torch.as_tensor(np.random.Generator(np.random.PCG64(4)).permutation(blocks), **place)
     starts = torch.arange(0, blocks + 1, width, **place)
     last = torch.full((case.batch,), case.block_size, **place)
     query = torch.from_dlpack(problem.query.astype(np.float16))
     steps: list[Call] = []
-    workspace = torch.empty(2**27, dtype=torch.uint8, device="cuda")
+    workspace = torch.empty(2**27, dtype=torch.uint8, device=device)
     decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
     decode.plan(
         starts,

@@ -36,14 +36,15 @@ def _faiss_codes(x: Any, kind: str, rotated: bool) -> Calls:
         raise ValueError(f"faiss has no {kind}")
     quantizer = faiss.ScalarQuantizer(x.shape[1], number)
     quantizer.train(x)
-    codes = quantizer.compute_codes(x)
     if not rotated:
+        codes = quantizer.compute_codes(x)
         return {
             "encode": lambda: quantizer.compute_codes(x),
             "decode": lambda: quantizer.decode(codes),
         }
     rotation = faiss.RandomRotationMatrix(x.shape[1], x.shape[1])
     rotation.init(1)
+    codes = quantizer.compute_codes(rotation.apply(x))
     return {
         "encode": lambda: quantizer.compute_codes(rotation.apply(x)),
         "decode": lambda: rotation.reverse_transform(quantizer.decode(codes)),

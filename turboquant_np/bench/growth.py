@@ -116,7 +116,7 @@ def _encode(bench: Workbench, sweep: str, case: codec.Case, rows: int | None) ->
 def slopes(lines: Iterable[Row]) -> Iterator[dict[str, Any]]:
     """The fitted growth of every sweep that has two points or more.
 
-    Where many small calls cost a constant, a slope below the expected one is no loss; ``superlinear``
+    Where small calls cost a constant, a slope below the expected one is no loss; ``superlinear``
     says that the slope is above it, ``steep`` that the part between two neighbours is.
     """
     rows = [row for row in lines if row["section"] == "growth"]

@@ -11,7 +11,7 @@ from typing import Any
 from .timing import Call, Runner, alternate
 from .workbench import Row, Task, Workbench
 
-__all__ = ["Peer", "compare", "missing_row", "why_missing"]
+__all__ = ["Peer", "compare", "missing_row", "peer_tasks", "why_missing"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def why_missing(peer: Peer, device: str) -> str | None:
 
 
 def missing_row(peer: Peer, section: str, reason: str) -> Row:
+    """What the document says of a peer that is not compared."""
     return {"section": section, "peer": peer.name, "missing": reason}
 
 

@@ -71,8 +71,6 @@ def _style(i: int) -> dict[str, Any]:
 
 def _logarithmic(axes: Axes, x: str, y: str) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:,.10g}")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     for axis in (axes.xaxis, axes.yaxis):
@@ -147,8 +145,10 @@ def _against(
     setting: str,
     label: Callable[[Row], str],
     value: Callable[[Row], float],
+    *,
+    linear: bool = True,
 ) -> bool:
-    """One curve for each label with two points or more, a dashed line of slope 1 through the last.
+    """One curve for each label with two points or more, and a dashed line of slope 1 if asked for.
 
     Of a curve's points at the same x the last counts.
     """
@@ -160,8 +160,13 @@ def _against(
         x, y = zip(*sorted(points.items()), strict=True)
         axes.plot(x, y, label=name, markersize=4, **_style(i))
     if curves:
-        x, y = zip(*sorted(max(curves.values(), key=len).items()), strict=True)
-        axes.plot(x, [y[-1] * at / x[-1] for at in x], "--", color=GREY, lw=1, label="slope 1")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        limits = axes.get_ylim()
+        if linear:
+            x, y = zip(*sorted(max(curves.values(), key=len).items()), strict=True)
+            axes.plot(x, [y[-1] * at / x[-1] for at in x], "--", color=GREY, lw=1, label="slope 1")
+        axes.set_ylim(limits)
         axes.legend(frameon=False, fontsize=8)
     return bool(curves)
 
@@ -213,15 +218,29 @@ def _same_bits(row: Row) -> bool:
     return bool(row["key_bits"] == row["value_bits"] and row["query_len"] == 1)
 
 
-def _sweep_plot(sweep: str, setting: str, per_item: bool, x: str, title: str) -> Any:
+def _sweep_plot(
+    sweeps: tuple[str, ...],
+    setting: str,
+    per_item: bool,
+    x: str,
+    title: str,
+    *,
+    linear: bool = True,
+) -> Any:
+    """Curves of one or more sweeps; those after the first are called by their name."""
+
+    def label(row: Row) -> str:
+        first = row["sweep"] == sweeps[0]
+        return str(row["operation"]) if first else f"{row['operation']}, {row['sweep']}"
+
     def plot(axes: Axes, document: Document) -> bool:
-        rows = [row for row in document["lines"] if row.get("sweep") == sweep]
+        rows = [row for row in document["lines"] if row.get("sweep") in sweeps]
         scale = 1e9 if per_item else 1e3
 
         def value(row: Row) -> float:
             return float(row["seconds"] * scale / (row["items"] if per_item else 1))
 
-        if not _against(axes, rows, setting, lambda row: row["operation"], value):
+        if not _against(axes, rows, setting, label, value, linear=linear):
             return False
         _logarithmic(axes, x, "nanoseconds a vector" if per_item else "milliseconds a call")
         axes.set_title(title)
@@ -309,14 +328,17 @@ PLOTS = {
     "codec": codec,
     "peers": peers,
     "vectors": _sweep_plot(
-        "vectors", "items", False, "vectors", "Codec, d = 128, 4 bits, three rounds"
+        ("vectors",), "items", False, "vectors", "Codec, d = 128, 4 bits, three rounds"
     ),
     "length": _sweep_plot(
-        "length", "head_dim", True, "length of a vector", "Codec, 4 bits, three rounds"
+        ("length", "other lengths"),
+        "head_dim",
+        True,
+        "length of a vector",
+        "Codec, 4 bits, three rounds",
     ),
-    "lengths": _sweep_plot(
-        "other lengths", "head_dim", True, "length of a vector", "Codec, 4 bits, three rounds"
+    "bits": _sweep_plot(
+        ("bits",), "bits", True, "bits per coordinate", "Codec, d = 128", linear=False
     ),
-    "bits": _sweep_plot("bits", "bits", True, "bits per coordinate", "Codec, d = 128"),
     "threads": threads,
 }

@@ -17,6 +17,7 @@ LEGEND = (
     "c copying memory\n(bytes that must move, over what was measured in turns), m fused "
     "multiply-adds in registers, p a float64 matrix product"
 )
+DISTURBED = 1.5  # the highest over the lowest of a limit that is always measured alike
 TO_DIFFER = 0.1  # relative difference of two results that is more than their precisions explain
 
 
@@ -96,7 +97,7 @@ def rooflines(lines: Iterable[Row]) -> str:
             rates.setdefault((threads(row), name), []).append(rate)
     if not rates:
         return ""
-    units = {"read": "GB/s", "copy": "GB/s"}
+    units = {"read": "GB/s", "copy": "GB/s"}  # always of the same size, unlike products
     table = format_table(
         ["threads", "limit", "median", "lowest", "highest", ""],
         [
@@ -109,7 +110,18 @@ def rooflines(lines: Iterable[Row]) -> str:
             for (where, name), found in rates.items()
         ],
     )
-    return f"Limits of the machine, measured in turns with everything below\n\n{table}"
+    text = f"Limits of the machine, measured in turns with everything below\n\n{table}"
+    disturbed = [
+        f"{name} ({where})"
+        for (where, name), found in rates.items()
+        if name in units and max(found) > DISTURBED * min(found)
+    ]
+    if disturbed:
+        text += (
+            f"\n\nSomething else used the machine at times: {', '.join(disturbed)} varied by more "
+            f"than {DISTURBED:g}. Repeat when it is quiet."
+        )
+    return text
 
 
 def _wide(rows: Iterable[Row], axes: tuple[str, ...], cell: Callable[[Row], str]) -> str:

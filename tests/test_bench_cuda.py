@@ -1,0 +1,242 @@
+"""The benchmark's code for a GPU, run without one: with a made-up clock, and NumPy for CuPy."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from turboquant_np.bench import append, attention, attention_peers, codec, rooflines
+from turboquant_np.bench.options import Options
+from turboquant_np.bench.timing import CudaClock
+from turboquant_np.bench.workbench import Workbench
+
+
+class FakeStream:
+    """Runs a captured graph's steps again when it is launched; 1 ms passes with every step."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        self.captured: list[str] | None = None
+
+    def __enter__(self) -> None:
+        self.cuda.current.append(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.cuda.current.pop()
+
+    def synchronize(self) -> None:
+        assert self.captured is None, "synchronised while capturing"
+
+    def begin_capture(self) -> None:
+        self.captured = []
+
+    def end_capture(self) -> FakeGraph:
+        captured, self.captured = self.captured, None
+        if captured is None or "cannot be captured" in captured:
+            raise RuntimeError("the capture is invalid")
+        return FakeGraph(self.cuda, captured)
+
+
+class FakeGraph:
+    def __init__(self, cuda: FakeCuda, steps: list[str]) -> None:
+        self.cuda, self.steps = cuda, steps
+
+    def launch(self, stream: FakeStream) -> None:
+        self.cuda.done += [f"replayed {step}" for step in self.steps]
+        self.cuda.milliseconds += len(self.steps)
+
+
+class FakeCuda:
+    """As much of ``cupy.cuda`` as the clock uses."""
+
+    def __init__(self) -> None:
+        self.milliseconds = 0.0
+        self.done: list[str] = []
+        self.current: list[FakeStream] = []
+        self.device_synchronised = 0
+
+    def Stream(self, non_blocking: bool) -> FakeStream:
+        assert non_blocking
+        return FakeStream(self)
+
+    def Device(self) -> Any:
+        def synchronize() -> None:
+            self.device_synchronised += 1
+
+        return types.SimpleNamespace(synchronize=synchronize)
+
+    def Event(self) -> Any:
+        event = types.SimpleNamespace(at=None, synchronize=lambda: None)
+        event.record = lambda stream: setattr(event, "at", self.milliseconds)
+        return event
+
+    def get_elapsed_time(self, start: Any, stop: Any) -> float:
+        return float(stop.at - start.at)
+
+    def step(self, name: str, capturable: bool = True) -> Callable[[], None]:
+        """A kernel launch on the current stream."""
+
+        def launch() -> None:
+            stream = self.current[-1]
+            if stream.captured is not None:
+                stream.captured.append(name if capturable else "cannot be captured")
+                if not capturable:
+                    raise RuntimeError("not permitted when the stream is capturing")
+            else:
+                self.done.append(name)
+                self.milliseconds += 1
+
+        return launch
+
+
+def test_steps_are_captured_after_a_first_call_and_replayed_as_one_graph() -> None:
+    cuda = FakeCuda()
+    runner = CudaClock(cuda).prepare([cuda.step("a"), cuda.step("b")])
+    assert cuda.done == ["a", "b"], "called once, so that everything is compiled"
+    assert cuda.device_synchronised == 1
+    assert runner.timed == "graph"
+    assert runner.seconds() == pytest.approx(1e-3), "seconds of one step, not of both"
+    assert cuda.done[2:] == ["replayed a", "replayed b"]
+
+
+def test_what_cannot_be_captured_is_launched_and_said_to_be() -> None:
+    cuda = FakeCuda()
+    clock = CudaClock(cuda)
+    before = clock.stream
+    runner = clock.prepare([cuda.step("a"), cuda.step("b", capturable=False)])
+    assert runner.timed == "launches"
+    assert clock.stream is not before, "a stream whose capture failed is not used again"
+    cuda.done.clear()
+    assert runner.seconds() == pytest.approx(1e-3)
+    assert cuda.done == ["a", "b"]
+    assert clock.prepare([cuda.step("c")]).timed == "graph"
+
+
+# -- the sections, on NumPy arrays in the place of CuPy's ------------------------------------------
+
+
+class NotAnArray:
+    """No array is one, so the library takes NumPy arrays for what they are."""
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Workbench:
+    cuda = FakeCuda()
+    fake: Any = types.ModuleType("cupy")
+    for name in ("tile", "asarray", "zeros", "full", "empty", "empty_like", "resize", "copyto"):
+        setattr(fake, name, getattr(np, name))
+    fake.ascontiguousarray, fake.matmul, fake.ones = np.ascontiguousarray, np.matmul, np.ones
+    fake.ndarray, fake.cuda = NotAnArray, cuda
+    fake.random = types.SimpleNamespace(default_rng=np.random.default_rng)
+    freed: list[int] = []
+    pool = types.SimpleNamespace(free_all_blocks=lambda: freed.append(1))
+    fake.get_default_memory_pool = lambda: pool
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+
+    def elapsed(start: Any, stop: Any) -> float:
+        return 2.0
+
+    monkeypatch.setattr(cuda, "get_elapsed_time", elapsed)
+    return Workbench(Options(device="cuda", backend="cpu", megabytes=0.25), threads=0)
+
+
+def test_the_codec_is_compared_with_a_copy(bench: Workbench) -> None:
+    rows = list(codec.measure(bench, codec.Case(128, 4, 1, "float16")))
+    assert isinstance(bench.rooflines, rooflines.CudaRooflines)
+    for row in rows:
+        assert row["timed"] == "graph"
+        assert row["threads"] == 0
+        assert row["seconds"] == pytest.approx(2e-3 / 4), "four steps in the graph"
+        (memory,) = row["rooflines"]
+        assert row["limit"] == memory
+        assert row["rooflines"][memory] == pytest.approx(2 * 2**18 / 2e-3)
+        assert row["share"] == pytest.approx(row["moved_bytes"] / 5e-4 / (2 * 2**18 / 2e-3))
+
+
+def test_a_dense_rotation_is_compared_with_a_product_too(bench: Workbench) -> None:
+    rows = list(codec.measure(bench, codec.Case(128, 4, 0, "float16")))
+    assert {row["limit"] for row in rows} == {"float64 product"}
+
+
+@pytest.mark.parametrize("order", ["token", "head"])
+def test_attention_has_a_graph_of_four_steps_or_more(bench: Workbench, order: str) -> None:
+    case = attention.AttentionCase(
+        batch=2, context=512, head_dim=64, kv_heads=2, dtype="float16", order=order
+    )
+    problem = attention.Problem(bench, case)
+    assert len(problem.steps()) == max(4, problem.sets)
+    row = attention.measure(bench, case)
+    assert row["timed"] == "graph"
+    assert row["seconds"] == pytest.approx(2e-3 / len(problem.steps()))
+    assert row["share"] == pytest.approx(row["bytes_per_second"] / row["rooflines"]["read"])
+
+
+def test_slots(bench: Workbench) -> None:
+    row = append.measure_slots(bench, 4, 4, "float16")
+    assert row["timed"] == "graph"
+    assert row["seconds"] == pytest.approx(2e-3 / row["sets"])
+
+
+def test_cases_for_a_gpu_are_those_of_the_goals() -> None:
+    cases = attention.attention_cases(full=False, device="cuda")
+    base = attention.AttentionCase(dtype="float16", order="head")
+    for bits in (4, 3, 2):
+        for batch, context in ((32, 8192), (64, 2048), (1, 131072), (1, 8192)):
+            wanted = replace(attention.with_bits(base, bits), batch=batch, context=context)
+            assert wanted in cases
+    full = attention.attention_cases(full=True, device="cuda")
+    assert set(cases) < set(full)
+    assert {64, 96, 128, 256} <= {case.head_dim for case in full}
+    assert {1, 2, 4, 8} <= {case.query_len for case in full}
+
+
+def test_flashinfer_gets_pages_in_the_order_of_its_table(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for it gathers what the table says and attends; results must be ours."""
+    torch = pytest.importorskip("torch")
+    made: list[Any] = []
+
+    class Wrapper:
+        def __init__(self, workspace: Any, layout: str, use_tensor_cores: bool) -> None:
+            assert layout == "NHD"
+            made.append(self)
+
+        def plan(self, indptr: Any, indices: Any, last: Any, *sizes: int, **dtypes: Any) -> None:
+            self.indptr, self.indices, self.last, self.sizes = indptr, indices, last, sizes
+            assert dtypes["q_data_type"] is torch.float16
+
+        def run(self, query: Any, pages: Any) -> Any:
+            heads, kv_heads, dim, size = self.sizes
+            keys, values = (p[self.indices.long()].float() for p in pages)
+            batch = len(self.indptr) - 1
+            assert (self.last == size).all()
+            k, v = (x.reshape(batch, -1, kv_heads, dim).transpose(1, 2) for x in (keys, values))
+            q = query.float().reshape(batch, kv_heads, heads // kv_heads, dim)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return out.reshape(batch, heads, dim)
+
+    fake = types.ModuleType("flashinfer")
+    fake.BatchDecodeWithPagedKVCacheWrapper = Wrapper  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashinfer", fake)
+    monkeypatch.setattr(attention_peers, "TORCH_DEVICE", {"cuda": "cpu", "cpu": "cpu"})
+    monkeypatch.setattr(attention_peers, "on_current_stream", lambda call: call)
+    case = attention.AttentionCase(
+        batch=3, context=64, head_dim=64, kv_heads=2, dtype="float16", order="head"
+    )
+    problem = attention.Problem(bench, case)
+    (first, *_) = attention_peers.flashinfer_decode(problem, "float16")
+    with_ours = problem.steps()[0]()
+    got = first().numpy()
+    assert got.shape == (3, 1, 8, 64)
+    difference = attention_peers.relative_difference(got[:, 0], with_ours)
+    assert difference < 2e-3
+    (first, *_) = attention_peers.flashinfer_decode(problem, "float8")
+    assert 1e-3 < attention_peers.relative_difference(first().numpy()[:, 0], with_ours) < 0.1
+    assert len(made) == 2
