@@ -309,7 +309,20 @@ def test_noise_hardly_moves_a_slope_and_a_knee_shows() -> None:
 
 def grown(x: Sequence[int], seconds: Sequence[float]) -> list[dict[str, Any]]:
     row = {"section": GROWTH, "sweep": "context", "operation": "step", "items": 1, "threads": 1}
+    row |= {"limit": "read", "rooflines": {"read": 1e9}}
     return [row | {"context": c, "seconds": s} for c, s in zip(x, seconds, strict=True)]
+
+
+def test_a_slow_moment_of_the_machine_does_not_look_like_growth() -> None:
+    rows = grown([1, 2, 4, 8], [1, 2, 4, 24])
+    rows[-1]["rooflines"] = {"read": 1e9 / 3}
+    (found,) = growth.slopes(rows)
+    assert found["slope"] == pytest.approx(1)
+    assert growth.steady_seconds(rows) == pytest.approx([1, 2, 4, 8])
+    for threads, row in enumerate(rows, 1):
+        row |= {"sweep": "threads", "threads": threads}
+    (found,) = growth.slopes(rows)
+    assert found["slope"] > 1, "more threads read faster: nothing is corrected"
 
 
 def test_a_superlinear_path_is_called_so() -> None:

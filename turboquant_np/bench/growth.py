@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 from . import attention, codec
 from .fits import fit
 from .workbench import Row, Task, Workbench
 
-__all__ = ["SWEEPS", "Sweep", "memory_to_use", "slopes", "tasks"]
+__all__ = ["SWEEPS", "Sweep", "memory_to_use", "slopes", "steady_seconds", "tasks"]
 
 TOLERANCE = 0.15  # of a slope, for noise and for caches that are outgrown
 STEEP = 0.5  # of a part between neighbours, which is noisier
@@ -113,18 +114,42 @@ def _encode(bench: Workbench, sweep: str, case: codec.Case, rows: int | None) ->
     ]
 
 
+def steady_seconds(rows: list[Row]) -> list[float]:
+    """Times as they would be if the machine had always run at its usual speed.
+
+    While one point of a sweep is measured the machine may be slower than while another is: by as
+    much as the roofline that limits the call was slower than its median, in turns with the call.
+    """
+    rates: dict[tuple[int, str], list[float]] = {}
+    for row in rows:
+        rates.setdefault((row["threads"], row["limit"]), []).append(row["rooflines"][row["limit"]])
+    usual = {key: median(found) for key, found in rates.items()}
+    return [
+        row["seconds"] * row["rooflines"][row["limit"]] / usual[row["threads"], row["limit"]]
+        for row in rows
+    ]
+
+
 def slopes(lines: Iterable[Row]) -> Iterator[dict[str, Any]]:
     """The fitted growth of every sweep that has two points or more.
 
     Where small calls cost a constant, a slope below the expected one is no loss; ``superlinear``
     says that the slope is above it, ``steep`` that the part between two neighbours is.
+
+    What is fitted are times at the machine's usual speed, see `steady_seconds`; for threads, which
+    change that speed, it is the times as they are.
     """
     rows = [row for row in lines if row["section"] == "growth"]
+    steady = steady_seconds(rows)
     for title, sweep in SWEEPS.items():
         for operation in sweep.operations:
             points = sorted(
-                (row[sweep.name], row["seconds"] / (row["items"] if sweep.per_item else 1))
-                for row in rows
+                (
+                    row[sweep.name],
+                    (row["seconds"] if title == "threads" else seconds)
+                    / (row["items"] if sweep.per_item else 1),
+                )
+                for row, seconds in zip(rows, steady, strict=True)
                 if (row["sweep"], row["operation"]) == (title, operation)
             )
             if len({x for x, _ in points}) < 2:
