@@ -13,7 +13,7 @@ from .timing import Call
 
 __all__ = ["CudaRooflines", "HostRooflines", "Roofline", "Rooflines"]
 
-ROUNDS = 100_000  # of multiply-adds, each some 20 million of them: a fraction of a millisecond
+ROUNDS = 1_000_000  # of multiply-adds: some milliseconds, long against waking threads
 
 
 @dataclass(frozen=True)
