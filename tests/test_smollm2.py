@@ -85,7 +85,7 @@ def reference_logits(ids: list[int]) -> Any:
     return norm(x, "output_norm") @ embedding.T
 
 
-def hidden_states(model: Model, ids: list[int], kind: str, chunk: int, **bits: int) -> Any:
+def hidden_states(model: Model, ids: list[int], kind: str, chunk: int, **bits: Any) -> Any:
     cache = make_cache(model.config, kind, max_sequences=1, max_tokens=len(ids), **bits)
     batch, sequence = Batch(model, cache), cache.allocate()
     parts = [batch._forward([sequence], [ids[i : i + chunk]]) for i in range(0, len(ids), chunk)]

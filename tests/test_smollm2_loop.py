@@ -31,7 +31,7 @@ def model() -> Model:
     return Model(random_weights(CONFIG, vocabulary=90, hidden=80, seed=11))
 
 
-def new_cache(kind: str = "float", **bits: int) -> Cache:
+def new_cache(kind: str = "float", **bits: Any) -> Cache:
     return make_cache(CONFIG, kind, max_sequences=5, max_tokens=300, **bits)
 
 

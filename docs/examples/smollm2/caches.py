@@ -188,20 +188,24 @@ class FloatStep:
         ]
 
     def _part(self, sequences: list[int], rows: Any, positions: Any) -> Part:
-        xp, longest = self.cache.xp, int(positions.max()) + 1
+        longest = int(positions.max()) + 1
         visible = np.arange(longest) <= positions[..., None]  # [S, L, n]
-        neighbours = sequences == list(range(sequences[0], sequences[0] + len(sequences)))
         return Part(
-            rows=xp.asarray(rows),
-            # A slice is a view of the cache, an array of indices a copy of what it names.
-            sequences=slice(sequences[0], sequences[-1] + 1) if neighbours else sequences,
+            rows=self._index(rows),
+            sequences=self._index(np.array(sequences)),
             longest=longest,
-            visible=xp.asarray(visible[:, None, :, None]),
+            visible=self.cache.xp.asarray(visible[:, None, :, None]),
         )
 
+    def _index(self, numbers: Any) -> Any:
+        """A slice, which makes a view, where that does; an array of indices makes a copy."""
+        if np.all(np.diff(numbers) == 1):
+            return slice(int(numbers[0]), int(numbers[-1]) + 1)
+        return self.cache.xp.asarray(numbers)
+
     def append(self, layer: int, keys: Any, values: Any) -> None:
-        at = (layer, self._sequence_of_token, slice(None), self._position_of_token)
-        self.cache.keys[at], self.cache.values[at] = keys, values
+        at = (self._sequence_of_token, slice(None), self._position_of_token)
+        self.cache.keys[layer][at], self.cache.values[layer][at] = keys, values
         self._left -= 1
         if not self._left:
             for sequence, count in zip(self.sequences, self.counts, strict=True):
