@@ -118,6 +118,7 @@ class FloatCache:
         self.lengths: dict[int, int] = {}
 
     def allocate(self) -> int:
+        """Start an empty sequence."""
         for sequence in range(self.keys.shape[1]):
             if sequence not in self.lengths:
                 self.lengths[sequence] = 0
@@ -125,6 +126,7 @@ class FloatCache:
         raise ValueError(f"all {len(self.lengths)} sequences are in use; free one")
 
     def fork(self, sequence: int) -> int:
+        """Copy a sequence."""
         new, length = self.allocate(), self.lengths[sequence]
         for pool in (self.keys, self.values):
             pool[:, new, :, :length] = pool[:, sequence, :, :length]
@@ -132,18 +134,22 @@ class FloatCache:
         return new
 
     def free(self, sequence: int) -> None:
+        """Forget a sequence."""
         del self.lengths[sequence]
 
     def length(self, sequence: int) -> int:
+        """Tokens of a sequence."""
         return self.lengths[sequence]
 
     def begin_step(self, sequences: list[int], counts: list[int]) -> FloatStep:
+        """Make sure that there is room for new tokens."""
         lengths = [self.lengths[s] + count for s, count in zip(sequences, counts, strict=True)]
         if max(lengths, default=0) > self.max_tokens:
             raise ValueError(f"there is room for {self.max_tokens} tokens, not {max(lengths)}")
         return FloatStep(self, sequences, counts)
 
     def stats(self) -> dict[str, Any]:
+        """Bytes of the tokens there are, and of the room for them."""
         tokens = sum(self.lengths.values())
         slots = self.keys.shape[1] * self.max_tokens
         allocated = self.keys.nbytes + self.values.nbytes
@@ -204,6 +210,7 @@ class FloatStep:
         return self.cache.xp.asarray(numbers)
 
     def append(self, layer: int, keys: Any, values: Any) -> None:
+        """[T, kv_heads, d] each: the new tokens of one layer."""
         at = (self._sequence_of_token, slice(None), self._position_of_token)
         self.cache.keys[layer][at], self.cache.values[layer][at] = keys, values
         self._left -= 1
