@@ -57,9 +57,10 @@ def about(document: Document) -> str:
     found = document["about"]
     backend, versions = found["backend"], found["versions"]
     what = [backend[name] for name in ("cpu", "simd", "driver") if name in backend]
-    packages = ("turboquant_np", "python", "numpy", "numba", "cupy", "torch", "faiss-cpu")
+    on_gpu = found["options"]["device"] == "cuda"
+    packages = ("turboquant_np", "python", "numpy", "cupy" if on_gpu else "numba")
     listed = ", ".join(f"{name} {versions[name]}" for name in packages if name in versions)
-    cores = "" if found["options"]["device"] == "cuda" else f", {found['cores']} cores"
+    cores = "" if on_gpu else f", {found['cores']} cores"
     where = f"{found['machine']} ({', '.join(what)})" if what else found["machine"]
     return f"Measured on {found['date']}: {where}{cores}; {listed}.\n"
 

@@ -179,12 +179,15 @@ def _steps(document: Document, sweep: str, **fixed: Any) -> list[Row]:
     return _most_threads(grown or [row for row in lines if row["section"] == "attention"])
 
 
-def _peer_times(document: Document, setting: str, **fixed: Any) -> list[Row]:
-    """Their steps, as far as they vary in the setting."""
-    base = {"section": "attention", "operation": "step"} | fixed
+def _peer_times(document: Document, setting: str, like: list[Row], **fixed: Any) -> list[Row]:
+    """Their steps with as many threads as those `like` which they are drawn."""
+    if not like:
+        return []
+    base = {"section": "attention", "operation": "step", "threads": like[0]["threads"]} | fixed
     return [
         {setting: row[setting], "label": row["peer"], "seconds": row["peer_seconds"]}
-        for row in _most_threads(r for r in document["peers"] if base.items() <= r.items())
+        for row in document["peers"]
+        if base.items() <= row.items()
     ]
 
 
@@ -195,22 +198,25 @@ def _label(row: Row) -> str:
 def context(axes: Axes, document: Document) -> bool:
     """Time of a step against the length of the context."""
     rows = [row for row in _steps(document, "context", batch=1) if _same_bits(row)]
-    rows += _peer_times(document, "context", batch=1)
+    title = f"Attention step, one sequence, 32/8 heads of 128, {_threads(rows)}" if rows else ""
+    rows += _peer_times(document, "context", rows, batch=1)
     if not _against(axes, rows, "context", _label, lambda row: row["seconds"] * 1e3):
         return False
     _logarithmic(axes, "tokens of context", "milliseconds a step")
-    axes.set_title("Attention step, one sequence, 32/8 heads of 128")
+    axes.set_title(title)
     return True
 
 
 def batch(axes: Axes, document: Document) -> bool:
     """Time of a step against the number of sequences."""
     rows = [row for row in _steps(document, "batch", context=1024) if _same_bits(row)]
-    rows += _peer_times(document, "batch", context=1024)
+    title = "Attention step, contexts of 1024 tokens, 32/8 heads of 128"
+    title += f", {_threads(rows)}" if rows else ""
+    rows += _peer_times(document, "batch", rows, context=1024)
     if not _against(axes, rows, "batch", _label, lambda row: row["seconds"] * 1e3):
         return False
     _logarithmic(axes, "sequences", "milliseconds a step")
-    axes.set_title("Attention step, contexts of 1024 tokens, 32/8 heads of 128")
+    axes.set_title(title)
     return True
 
 

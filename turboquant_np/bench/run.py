@@ -76,7 +76,8 @@ def _timed_rows(options: Options) -> list[Row]:
         counts = sorted({1, *(2**k for k in range(1, cores.bit_length()) if 2**k <= cores), cores})
     rows = []
     for threads in counts:
-        rows += measure_in_process(options, threads, most_threads=threads == counts[-1])
+        # on one core, which other programs disturb least, the way a time grows shows best
+        rows += measure_in_process(options, threads, sweeps=threads == 1)
     return rows
 
 

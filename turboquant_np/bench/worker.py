@@ -30,7 +30,7 @@ THREAD_VARIABLES = (
 )
 
 
-def collect_tasks(bench: Workbench, most_threads: bool) -> Iterable[Task]:
+def collect_tasks(bench: Workbench, sweeps: bool) -> Iterable[Task]:
     """What the options ask for; growth but for the number of threads in one process only."""
     from . import append, attention, attention_peers, codec, codec_peers, growth
 
@@ -43,15 +43,15 @@ def collect_tasks(bench: Workbench, most_threads: bool) -> Iterable[Task]:
             if name in sections:
                 yield from peers.tasks(bench)
     if GROWTH in sections:
-        yield from growth.tasks(bench, threads_only=not most_threads)
+        yield from growth.tasks(bench, threads_only=not sweeps)
 
 
-def measure(options: Options, threads: int, most_threads: bool = True) -> list[Row]:
+def measure(options: Options, threads: int, sweeps: bool = True) -> list[Row]:
     """All rows that are measured in a process with so many threads."""
     from ..commands.progress import ProgressBar
 
     bench = Workbench(options, threads)
-    tasks = list(collect_tasks(bench, most_threads))
+    tasks = list(collect_tasks(bench, sweeps))
     where = options.device if options.device != "cpu" else f"{threads} threads"
     rows: list[Row] = []
     with ProgressBar(f"bench, {where}", "cases") as progress:
@@ -62,7 +62,7 @@ def measure(options: Options, threads: int, most_threads: bool = True) -> list[R
     return rows
 
 
-def measure_in_process(options: Options, threads: int, most_threads: bool = True) -> list[Row]:
+def measure_in_process(options: Options, threads: int, sweeps: bool = True) -> list[Row]:
     """`measure` in a new process that may use `threads` cores.
 
     Raises
@@ -71,7 +71,7 @@ def measure_in_process(options: Options, threads: int, most_threads: bool = True
         If the process fails; its error stands on stderr.
     """
     environment = os.environ | {name: str(threads) for name in THREAD_VARIABLES}
-    settings = json.dumps([asdict(options), threads, most_threads])
+    settings = json.dumps([asdict(options), threads, sweeps])
     with _confined_to(threads):
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, settings],
@@ -102,11 +102,11 @@ def _confined_to(cores: int) -> Iterator[None]:
 
 
 def _main(arguments: list[Any]) -> None:
-    settings, threads, most_threads = arguments
+    settings, threads, sweeps = arguments
     options = Options(**settings | {"sections": tuple(settings["sections"])})
     results = sys.stdout
     sys.stdout = sys.stderr  # what other libraries print must not get between the results
-    json.dump(measure(options, threads, most_threads), results)
+    json.dump(measure(options, threads, sweeps), results)
 
 
 if __name__ == "__main__":
