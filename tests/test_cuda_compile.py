@@ -24,7 +24,9 @@ SIZES = {"Half": 2, "BFloat16": 2, "Float": 4, "Double": 8}
 KERNEL = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame.*?Used (\d+) registers", re.DOTALL
 )
+HEAD_DIMS = (32, 64, 80, 96, 100, 112, 126, 128, 192, 256, 384, 576, 768, 1024, 1536)
 # All variants in the nightly run (minutes), those for float16 and head_dim 128 always.
+H100_SHARED_BYTES = 232448
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 
@@ -55,7 +57,13 @@ def encode_macros(
     contiguous: int = 1,
 ) -> dict[str, str | int]:
     shape = layout.encode_shape(d, SIZES[type_name], scale != "norm")
-    macros = {"INPUT": type_name, "HEAD_DIM": d, "CONTIGUOUS": contiguous, **shape.macros}
+    macros: dict[str, str | int] = {
+        "INPUT": type_name,
+        "HEAD_DIM": d,
+        "LOAD": layout.row_width(d, SIZES[type_name]),
+        "CONTIGUOUS": contiguous,
+        **shape.macros,
+    }
     for side, b in enumerate(bits):
         spec = TurboQuant(head_dim=d, bits=b, scale=scale)._spec
         macros |= layout.encode_macros(spec, side, layout.width_of(spec.packed_dim))
@@ -68,7 +76,48 @@ def decode_macros(d: int, bits: int, type_name: str = "Half") -> dict[str, str |
         "HEAD_DIM": d,
         "BITS": bits,
         "LOAD": layout.width_of(-(-d * bits // 8)),
+        "STORE": layout.row_width(d, SIZES[type_name]),
         **layout.decode_shape(d, SIZES[type_name]).macros,
+    }
+
+
+def dense_encode_macros(
+    d: int,
+    bits: int,
+    scale: ScaleKind = "norm",
+    type_name: str = "Half",
+    contiguous: int = 1,
+    limbs: int = 3,
+) -> dict[str, str | int]:
+    spec = TurboQuant(head_dim=d, bits=bits, scale=scale)._spec
+    shape = layout.dense_encode_shape(spec, SIZES[type_name], limbs, H100_SHARED_BYTES)
+    assert shape is not None
+    return {
+        "INPUT": type_name,
+        "HEAD_DIM": d,
+        "LOAD": 16,
+        "CONTIGUOUS": contiguous,
+        "BITS": bits,
+        "SCALE": SCALE_KINDS.index(scale),
+        "STORE": layout.width_of(spec.packed_dim),
+        "LIMBS": limbs,
+        **shape.macros,
+    }
+
+
+def dense_decode_macros(
+    d: int, bits: int, type_name: str = "Half", limbs: int = 3
+) -> dict[str, str | int]:
+    spec = TurboQuant(head_dim=d, bits=bits)._spec
+    shape = layout.dense_decode_shape(spec, limbs, H100_SHARED_BYTES)
+    assert shape is not None
+    return {
+        "OUTPUT": type_name,
+        "HEAD_DIM": d,
+        "BITS": bits,
+        "LOAD": layout.width_of(spec.packed_dim),
+        "LIMBS": limbs,
+        **shape.macros,
     }
 
 
@@ -78,6 +127,10 @@ def test_hot_kernels_keep_rows_in_registers(bits: int, arch: int) -> None:
     for name, macros in (
         ("encode", encode_macros(128, (bits, bits))),
         ("decode", decode_macros(128, bits)),
+        ("encode", encode_macros(768, (bits, bits))),
+        ("decode", decode_macros(768, bits)),
+        ("encode_dense", dense_encode_macros(128, bits)),
+        ("decode_dense", dense_decode_macros(128, bits)),
     ):
         frame, registers = frames_and_registers(f"{name}.cu", macros, arch)[name]
         assert frame == 0, macros
@@ -88,7 +141,7 @@ VARIANTS = (
     [
         ("encode.cu", encode_macros(d, bits, scale, type_name, contiguous))
         for d, bits, scale, type_name, contiguous in itertools.product(
-            layout.HEAD_DIMS,
+            HEAD_DIMS,
             [(b, b) for b in range(1, 9)] + [(4, 2)],
             SCALE_KINDS,
             layout.TYPE_NAMES.values(),
@@ -98,7 +151,24 @@ VARIANTS = (
     + [
         ("decode.cu", decode_macros(d, bits, type_name))
         for d, bits, type_name in itertools.product(
-            layout.HEAD_DIMS, range(1, 9), layout.TYPE_NAMES.values()
+            HEAD_DIMS, range(1, 9), layout.TYPE_NAMES.values()
+        )
+    ]
+    + [
+        ("encode_dense.cu", dense_encode_macros(d, bits, scale, type_name, contiguous, limbs))
+        for d, bits, scale, type_name, contiguous, limbs in itertools.product(
+            layout.DENSE_HEAD_DIMS,
+            range(1, 9),
+            SCALE_KINDS,
+            ("Half", "BFloat16", "Float"),
+            (0, 1),
+            (3, 4),
+        )
+    ]
+    + [
+        ("decode_dense.cu", dense_decode_macros(d, bits, type_name, limbs))
+        for d, bits, type_name, limbs in itertools.product(
+            layout.DENSE_HEAD_DIMS, range(1, 9), layout.TYPE_NAMES.values(), (3, 4)
         )
     ]
     + [
@@ -110,25 +180,32 @@ VARIANTS = (
             layout.TYPE_NAMES.values(), range(1, 9), (1, 8), (1, 4), (0, 1)
         )
     ]
-    + [("any.cu", {"TYPE": type_name}) for type_name in layout.TYPE_NAMES.values()]
+    + [
+        ("any.cu", {"TYPE": type_name, "TEAM": team})
+        for type_name, team in itertools.product(layout.TYPE_NAMES.values(), ("Warp", "Block"))
+    ]
 )
 
 
 def test_a_sample_of_all_variants_compiles() -> None:
     """Every head_dim, width, scale and type appears; the nightly run compiles all."""
-    step = 1 if NIGHTLY else 127
+    step = 1 if NIGHTLY else 257
     for i, (file, macros) in enumerate(VARIANTS[::step]):
         frames_and_registers(file, dict(macros), ARCHS[i % len(ARCHS)])
 
 
+@pytest.mark.parametrize("d", [2, 31, 128, 4096])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_bucket_tables_count_thresholds(bits: int) -> None:
+def test_bucket_tables_count_thresholds(bits: int, d: int) -> None:
     """For every float near a threshold and many others, bucket and comparison give the code."""
-    thresholds = TurboQuant(head_dim=128, bits=bits)._spec.thresholds
-    table = bucket_table(thresholds)
+    thresholds = TurboQuant(head_dim=d, bits=bits, hadamard_rounds=1)._spec.thresholds
+    limit = min(16.0, d**0.5)
+    table = bucket_table(thresholds, d)
     near = [thresholds, np.nextafter(thresholds, np.float32(9)), np.nextafter(thresholds, -9)]
-    random = np.random.default_rng(0).uniform(-16, 16, 100_000).astype(np.float32)
-    z = np.concatenate([*near, random, [0.0, -0.0, 1e-45, -1e-45, 16, -16]]).astype(np.float32)
+    random = np.random.default_rng(0).uniform(-limit, limit, 100_000).astype(np.float32)
+    z = np.concatenate([*near, random, [0.0, -0.0, 1e-45, -1e-45, limit, -limit]]).astype(
+        np.float32
+    )
     # z * scale is exact in float64 up to the addition, whose rounding is the float32 one here
     total = z.astype(np.longdouble) * np.longdouble(table.scale) + np.longdouble(1 + 2.0**-10)
     low = total.astype(np.float32).view(np.uint32) & 0x3FFF

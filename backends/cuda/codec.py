@@ -11,8 +11,7 @@ import numpy as np
 from turboquant_np._spec import SCALE_KINDS, CodecSpec
 from turboquant_np.rotation import DenseRotation, HadamardRotation
 
-from . import dense
-from .blocks import block_launch
+from . import dense, tensor_cores
 from .compile import Kernel, kernel, max_shared_bytes
 from .constants import constants
 from .launch import SIDES, Target, dense_target, of_launch, of_quantizer, side
@@ -26,9 +25,12 @@ from .layout import (
     encode_shape,
     encode_shared_bytes,
     in_registers,
+    on_tensor_cores,
+    row_width,
     rows_of,
     width_of,
 )
+from .teams import team_launch
 
 
 def encode(spec: CodecSpec, vectors: Any, packed: Any, scales: Any) -> None:
@@ -41,7 +43,9 @@ def encode(spec: CodecSpec, vectors: Any, packed: Any, scales: Any) -> None:
 
 def alignment_of(spec: CodecSpec, vectors: Any) -> int:
     """Bytes that vectors must start at a multiple of."""
-    return 16 if in_registers(spec) else vectors.itemsize
+    if in_registers(spec) or on_tensor_cores(spec):
+        return row_width(spec.head_dim, vectors.itemsize)
+    return int(vectors.itemsize)
 
 
 def encode_rows(sides: list[tuple[CodecSpec, Rows, Target]]) -> None:
@@ -49,7 +53,8 @@ def encode_rows(sides: list[tuple[CodecSpec, Rows, Target]]) -> None:
     if not _encode_in_registers(sides):
         for spec, rows, target in sides:
             if isinstance(spec.rotation, DenseRotation):
-                dense.encode(spec, rows, target)
+                if not (on_tensor_cores(spec) and tensor_cores.encode(spec, rows, target)):
+                    dense.encode(spec, rows, target)
             elif len(sides) == 1 or not _encode_in_registers([(spec, rows, target)]):
                 _encode_any(spec, rows, target)
 
@@ -106,6 +111,7 @@ def _encode_plan(
     macros: dict[str, str | int] = {
         "INPUT": TYPE_NAMES[dtype.name],
         "HEAD_DIM": head_dim,
+        "LOAD": row_width(head_dim, dtype.itemsize),
         "CONTIGUOUS": int(contiguous),
         **shape.macros,
         **encode_macros(specs[0], 0, stores[0]),
@@ -116,7 +122,7 @@ def _encode_plan(
 
 
 def _encode_any(spec: CodecSpec, rows: Rows, target: Target) -> None:
-    block_launch(
+    team_launch(
         "encode_any",
         TYPE_NAMES[rows.array.dtype.name],
         spec.head_dim,
@@ -134,29 +140,29 @@ def decode(spec: CodecSpec, packed: Any, scales: Any, out: Any) -> None:
     with packed.device:
         if scales.size == 0:
             return
-        if isinstance(spec.rotation, DenseRotation):
-            dense.decode(spec, packed, scales, out)
-            return
-        if not in_registers(spec):
-            _decode_any(spec, packed, scales, out)
-        elif out.data.ptr % 16:  # a view into other memory: rare enough for a second pass
-            aligned = cupy.empty(out.shape, out.dtype)
+        specialised = in_registers(spec) or on_tensor_cores(spec)
+        if specialised and out.data.ptr % row_width(spec.head_dim, out.itemsize):
+            aligned = cupy.empty(out.shape, out.dtype)  # rare enough for a second pass
             decode(spec, packed, scales, aligned)
             out[...] = aligned
-        else:
-            _decode_in_registers(spec, packed, scales, out)
+        elif isinstance(spec.rotation, DenseRotation):
+            if not (specialised and tensor_cores.decode(spec, packed, scales, out)):
+                dense.decode(spec, packed, scales, out)
+        elif not (specialised and _decode_in_registers(spec, packed, scales, out)):
+            _decode_any(spec, packed, scales, out)
 
 
-def _decode_in_registers(spec: CodecSpec, packed: Any, scales: Any, out: Any) -> None:
+def _decode_in_registers(spec: CodecSpec, packed: Any, scales: Any, out: Any) -> bool:
+    """Launch kernels/decode.cu; False if this device has too little shared memory."""
     import cupy
 
     load = width_of(packed.data.ptr, spec.packed_dim)
     plan = _decode_plan(cupy.cuda.runtime.getDevice(), spec, out.dtype, load)
     if plan is None:
-        _decode_any(spec, packed, scales, out)
-        return
+        return False
     blocks = min(-(-scales.size // plan.rows), plan.kernel.resident_blocks)
     plan.kernel((blocks,), (packed, scales, out, np.int64(scales.size), *plan.constants))
+    return True
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,7 @@ def _decode_plan(
         "HEAD_DIM": spec.head_dim,
         "BITS": spec.bits,
         "LOAD": load,
+        "STORE": row_width(spec.head_dim, dtype.itemsize),
         **shape.macros,
     }
     compiled = kernel("decode.cu", "decode", macros, shape.threads, shared)
@@ -193,7 +200,7 @@ def _decode_plan(
 def _decode_any(spec: CodecSpec, packed: Any, scales: Any, out: Any) -> None:
     assert isinstance(spec.rotation, HadamardRotation)
     c = constants(spec)
-    block_launch(
+    team_launch(
         "decode_any",
         TYPE_NAMES[out.dtype.name],
         spec.head_dim,

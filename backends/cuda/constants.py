@@ -14,8 +14,11 @@ import numpy.typing as npt
 from turboquant_np._spec import CodecSpec
 from turboquant_np.rotation import DenseRotation, HadamardRotation
 
-MAX_Z = 16.05  # |z| <= sqrt(head_dim) in the kernels with bucket tables, which end at 256
+from . import limbs
+
+MAX_Z = 16.05  # kernels with bucket tables clamp z to +-16
 TABLE_BYTES = 16384
+CENTROID_FRACTION_BITS = 19
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,10 @@ class BucketTable:
     scale: float
 
 
-def bucket_table(thresholds: npt.NDArray[np.float32]) -> BucketTable:
-    """The table for 2**bits - 1 ascending thresholds."""
+def bucket_table(thresholds: npt.NDArray[np.float32], head_dim: int) -> BucketTable:
+    """The table for 2**bits - 1 ascending thresholds; |z| is at most sqrt(head_dim)."""
     count = max(128, 8 * (len(thresholds) + 1))
-    scale = np.float32(2.0**-10 / MAX_Z)
+    scale = np.float32(2.0**-10 / min(MAX_Z, 1.003 * np.sqrt(head_dim)))
     bucket = np.array([_place(float(t), float(scale)) for t in thresholds])
     bucket //= TABLE_BYTES // count
     if not (np.diff(bucket) > 0).all():
@@ -61,7 +64,7 @@ class Constants:
     """Device copies of what a spec prescribes, each made when first asked for."""
 
     def __init__(self, spec: CodecSpec) -> None:
-        self.bits = spec.bits
+        self.bits, self.head_dim = spec.bits, spec.head_dim
         self._thresholds = spec.thresholds
         self._centroids = spec.centroids
         self._decode_table = spec.decode_table
@@ -86,7 +89,7 @@ class Constants:
 
     @cached_property
     def bucket_table(self) -> BucketTable:
-        return bucket_table(self._thresholds)
+        return bucket_table(self._thresholds, self.head_dim)
 
     @cached_property
     def buckets(self) -> Any:
@@ -95,14 +98,38 @@ class Constants:
     @cached_property
     def matrix(self) -> Any:
         """[d, d] float64, the rotation in fixed point: rows @ matrix rotates back."""
-        assert isinstance(self._rotation, DenseRotation)
-        return _to_device(self._rotation.fixed)
+        return _to_device(self._fixed)
 
     @cached_property
     def matrix_transposed(self) -> Any:
         """rows @ matrix_transposed rotates."""
+        return _to_device(np.ascontiguousarray(self._fixed.T))
+
+    @cached_property
+    def limbs(self) -> int:
+        """Bytes of an entry of `fragments`."""
+        return limbs.limbs_needed(self._fixed)
+
+    @cached_property
+    def fragments(self) -> Any:
+        """The matrix as kernels/encode_dense.cu multiplies by it."""
+        return _to_device(limbs.fragments(self._fixed))
+
+    @cached_property
+    def fragments_back(self) -> Any:
+        """As kernels/decode_dense.cu does."""
+        return _to_device(limbs.fragments(self._fixed.T))
+
+    @cached_property
+    def centroid_words(self) -> Any:
+        """Limbs of the centroids as whole numbers."""
+        exact = np.ldexp(self._centroids.astype(np.float64), CENTROID_FRACTION_BITS)
+        return _to_device(limbs.words(np.rint(exact)))
+
+    @property
+    def _fixed(self) -> npt.NDArray[np.float64]:
         assert isinstance(self._rotation, DenseRotation)
-        return _to_device(np.ascontiguousarray(self._rotation.fixed.T))
+        return self._rotation.fixed
 
 
 _constants: WeakKeyDictionary[CodecSpec, dict[int, Constants]] = WeakKeyDictionary()

@@ -1,4 +1,4 @@
-"""Dense rotations: whole numbers in float64, multiplied by cuBLAS.
+"""Dense rotations of any head_dim: whole numbers in float64, multiplied by cuBLAS.
 
 Every partial sum is an integer below 2**53, so the order in which cuBLAS adds does not matter.
 """
@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 
 from turboquant_np._spec import SCALE_KINDS, CodecSpec
+from turboquant_np.rotation import MATRIX_FRACTION_BITS
 
-from .blocks import block_launch
 from .compile import kernel
-from .constants import constants
+from .constants import CENTROID_FRACTION_BITS, constants
 from .launch import Target, side
 from .layout import TYPE_NAMES, Rows
+from .teams import team_launch
 
 WORKSPACE_BYTES = 1 << 27  # for each factor and each product
-CENTROID_FRACTION_BITS = 19
-MATRIX_FRACTION_BITS = 24
 _KEPT_BYTES = 16  # DenseRow of kernels/any.cu
 _THREADS = 256
 
@@ -35,12 +34,10 @@ def encode(spec: CodecSpec, rows: Rows, target: Target) -> None:
     for first, count, fixed, product in _parts(rows.count, d):
         kept = cupy.empty(count * _KEPT_BYTES, np.uint8)
         place = (np.uint32(first), np.uint32(count), np.int32(d))
-        block_launch("encode_dense_before", type_name, d, count, told, *place, fixed, kept)
+        team_launch("encode_dense_before", type_name, d, count, told, *place, fixed, kept)
         cupy.matmul(fixed, matrix, out=product)
         codec = (np.int32(spec.bits), np.int32(SCALE_KINDS.index(spec.scale)))
-        block_launch(
-            "encode_dense_behind", type_name, d, count, told, *place, *codec, product, kept
-        )
+        team_launch("encode_dense_behind", type_name, d, count, told, *place, *codec, product, kept)
 
 
 def decode(spec: CodecSpec, packed: Any, scales: Any, out: Any) -> None:
@@ -48,7 +45,7 @@ def decode(spec: CodecSpec, packed: Any, scales: Any, out: Any) -> None:
 
     d = spec.head_dim
     c = constants(spec)
-    macros = {"TYPE": TYPE_NAMES[out.dtype.name]}
+    macros = {"TYPE": TYPE_NAMES[out.dtype.name], "TEAM": "Block"}
     before = kernel("any.cu", "decode_dense_before", macros, _THREADS, 0)
     behind = kernel("any.cu", "decode_dense_behind", macros, _THREADS, 0)
     factor = np.ldexp(spec.decode_gain, -CENTROID_FRACTION_BITS - MATRIX_FRACTION_BITS)

@@ -12,7 +12,7 @@ from turboquant_np._spec import CodecSpec
 from turboquant_np.rotation import HadamardRotation
 
 from .constants import constants
-from .layout import Rows, block_factor, in_registers, width_of
+from .layout import Rows, block_factor, in_registers, on_tensor_cores, width_of
 
 _OF_LAUNCH = struct.Struct("<14q2I2i")
 _OF_QUANTIZER = struct.Struct("<4q3fi")
@@ -57,7 +57,7 @@ def of_quantizer(spec: CodecSpec) -> bytes:
     """The fields of `Side` that hold for every launch with `spec` on the current device."""
     c = constants(spec)
     hadamard = spec.rotation if isinstance(spec.rotation, HadamardRotation) else None
-    bucketed = in_registers(spec) and spec.bits > 1
+    bucketed = spec.bits > 1 and (in_registers(spec) or on_tensor_cores(spec))
     return _OF_QUANTIZER.pack(
         c.signs.data.ptr if hadamard else 0,
         c.buckets.data.ptr if bucketed else 0,

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compare_on_gpu
 import cupy
 import numpy as np
 
@@ -108,25 +109,6 @@ def check_variants(dims: list[int], seconds: float) -> dict[str, Any]:
             if not all(ok):
                 failed.append({**settings, "dtype": dtype.name, "ok": ok})
     return {"variants": done, "of": 2 * len(product), "failed": failed}
-
-
-def check_many(count: int, dtype: Any, seconds: float, **settings: Any) -> dict[str, Any]:
-    """Random vectors made on the GPU, encoded there and on the CPU."""
-    tq = TurboQuant(head_dim=HEAD_DIM, **settings)
-    expected = TurboQuant(head_dim=HEAD_DIM, backend="cpu", **settings)
-    random = cupy.random.default_rng(count)
-    start, done, wrong = time.perf_counter(), 0, 0
-    while done < count and time.perf_counter() - start < seconds:
-        n = min(1 << 20, count - done)
-        x = random.standard_normal((n, HEAD_DIM), dtype=np.float32).astype(dtype)
-        got = tq.encode(x, check_finite=False)
-        back = tq.decode(*got)
-        want = expected.encode(cupy.asnumpy(x), check_finite=False)
-        same = [same_bits(g, w) for g, w in zip(got, want, strict=True)]
-        wrong += not all([*same, same_bits(back, expected.decode(*want))])
-        done += n
-    name = np.dtype(dtype).name
-    return {**settings, "dtype": name, "vectors": done, "batches that differ": wrong}
 
 
 def milliseconds(call: Callable[[], Any], repeats: int = 9, calls: int = 8) -> float:
@@ -224,6 +206,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("cuda_codec.json"))
     parser.add_argument("--check-seconds", type=float, default=60)
     parser.add_argument("--many", type=int, default=100_000_000)
+    parser.add_argument("--processes", type=int, default=8, help="of the comparison of many")
     parser.add_argument("--skip", nargs="*", default=[], choices=["variants", "many", "time"])
     options = parser.parse_args()
     properties = cupy.cuda.runtime.getDeviceProperties(0)
@@ -243,17 +226,9 @@ def main() -> None:
         failed |= bool(report["variants"]["failed"])
         print("variants", {**report["variants"], "failed": report["variants"]["failed"][:12]})
     if "many" not in options.skip:
-        import ml_dtypes
-
-        kinds = [(np.float16, 4, 3), (np.float16, 2, 1), (np.float32, 3, 3), (np.float16, 8, 3)]
-        if "bfloat16" not in options.skip:
-            kinds.append((ml_dtypes.bfloat16, 4, 1))
-        report["many"] = [
-            check_many(options.many // 4, dtype, 100, bits=bits, hadamard_rounds=rounds)
-            for dtype, bits, rounds in kinds
-        ]
-        failed |= any(line["batches that differ"] for line in report["many"])
-        show("equality of random vectors", report["many"])
+        report["many"] = compare_on_gpu.compare_all(options.many, options.processes)
+        failed |= compare_on_gpu.rows_wrong(report["many"]) > 0
+        compare_on_gpu.show(report["many"])
     if "time" not in options.skip:
         copy = report["copy bytes/s"] = copy_bandwidth()
         print(f"copy {copy / 1e12:.3f} TB/s")
@@ -268,12 +243,34 @@ def main() -> None:
             time_codec(copy, NUM_VECTORS, bits=4, scale="unbiased"),
         ]
         report["codec"] += [
-            time_codec(copy, NUM_VECTORS * 64 // d, head_dim=d, bits=4)
-            for d in (64, 80, 96, 112, 192, 256, 100, 1024)
+            time_codec(copy, NUM_VECTORS * 128 // d, head_dim=d, bits=4)
+            for d in (32, 64, 80, 96, 100, 112, 192, 256, 384, 576, 768, 1024, 1536)
+        ]
+        report["codec"] += [
+            time_codec(copy, NUM_VECTORS * 128 // d, head_dim=d, bits=4, hadamard_rounds=1)
+            for d in (768, 1536)
+        ]
+        report["codec"] += [
+            time_codec(copy, NUM_VECTORS * 16 // d, head_dim=d, bits=4)
+            for d in (127, 200, 300, 1000)
         ]
         report["haar"] = [
-            time_codec(copy, NUM_VECTORS // 4, head_dim=d, bits=4, rotation="haar")
-            for d in (64, 128, 96, 256)
+            time_codec(copy, NUM_VECTORS * 128 // d, head_dim=d, bits=4, rotation="haar")
+            for d in (64, 96, 128, 192)
+        ]
+        report["haar"] += [
+            time_codec(copy, NUM_VECTORS, rotation="haar", **settings)
+            for settings in (
+                {"bits": 2},
+                {"bits": 3},
+                {"bits": 8},
+                {"bits": 4, "scale": "mse"},
+                {"bits": 4, "dtype": np.float32},
+            )
+        ]
+        report["haar"] += [
+            time_codec(copy, NUM_VECTORS * 16 // d, head_dim=d, bits=4, rotation="haar")
+            for d in (80, 256)
         ]
         report["inner_products"] = [
             time_inner_products(copy, NUM_VECTORS, queries, bits=bits)

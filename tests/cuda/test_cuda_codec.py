@@ -16,8 +16,28 @@ cupy: Any = pytest.importorskip("cupy")
 ml_dtypes: Any = pytest.importorskip("ml_dtypes")
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
-IN_REGISTERS = [64, 80, 96, 112, 128, 192, 256]
-OTHER_DIMS = [2, 3, 5, 8, 33, 63, 100, 127, 129, 255, 320, 1000, 1024]
+USUAL_DIMS = [64, 80, 96, 112, 128, 192, 256]
+OTHER_DIMS = [
+    2,
+    3,
+    5,
+    8,
+    32,
+    33,
+    63,
+    100,
+    127,
+    129,
+    160,
+    200,
+    255,
+    320,
+    768,
+    1000,
+    1024,
+    1536,
+    3000,
+]
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -65,7 +85,7 @@ def assert_same(tq: TurboQuant, expected: TurboQuant, x: Any, out_dtypes: list[s
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("d", IN_REGISTERS)
+@pytest.mark.parametrize("d", USUAL_DIMS)
 def test_kernels_in_registers(d: int, bits: int) -> None:
     variants = itertools.product(("norm", "mse", "unbiased"), (1, 3), DTYPES)
     for i, (scale, rounds, name) in enumerate(variants):
@@ -90,12 +110,23 @@ def test_rows_beyond_shared_memory() -> None:
     assert_same(tq, expected, x, ["float32"])
 
 
-@pytest.mark.parametrize("d", [2, 16, 63, 64, 96, 128, 200])
+@pytest.mark.parametrize("d", [2, 16, 63, 64, 96, 128, 192, 200])
 def test_dense_rotations(d: int) -> None:
     for bits, scale in zip((1, 3, 4, 8), ("norm", "mse", "unbiased", "norm"), strict=True):
         tq, expected = quantizers(head_dim=d, bits=bits, scale=scale, rotation="haar")
         name = DTYPES[(bits + d) % 4]
         assert_same(tq, expected, rows_of_every_kind(d, dtype_of(name), bits), DTYPES)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_rotation_matrices_of_any_entries(d: int) -> None:
+    """A permutation has entries of 1, which no Haar matrix of these sizes has."""
+    rng = np.random.default_rng(d)
+    matrix = np.eye(d)[rng.permutation(d)] * rng.choice([-1.0, 1.0], d)
+    settings = {"head_dim": d, "bits": 4, "rotation": matrix}
+    tq, expected = quantizers(**settings)
+    for name in DTYPES:
+        assert_same(tq, expected, rows_of_every_kind(d, dtype_of(name), d), [name])
 
 
 def test_many_rounds() -> None:
@@ -104,10 +135,14 @@ def test_many_rounds() -> None:
         assert_same(tq, expected, rows_of_every_kind(d, np.dtype(np.float16), d), ["float32"])
 
 
-@pytest.mark.parametrize("d", [48, 128, 192])
+@pytest.mark.parametrize(
+    ("d", "rotation"),
+    [(48, "hadamard"), (100, "hadamard"), (127, "hadamard"), (128, "hadamard"), (192, "hadamard")]
+    + [(128, "haar")],
+)
 @pytest.mark.parametrize("name", DTYPES)
-def test_strides(d: int, name: str) -> None:
-    tq, expected = quantizers(head_dim=d, bits=3)
+def test_strides(d: int, rotation: str, name: str) -> None:
+    tq, expected = quantizers(head_dim=d, bits=3, rotation=rotation)
     rng = np.random.default_rng(d)
     base = rng.standard_normal((6, 5, 4, 2 * d + 3)).astype(dtype_of(name))
     on_gpu = cupy.asarray(base)

@@ -1,10 +1,12 @@
-// The codec for any head_dim, one block of threads a vector, and the steps before and behind the matrix
+// The codec for any head_dim, one team of threads a vector, and the steps before and behind the matrix
 // product of dense rotations.  `bits` and `scale_kind` are arguments here.
 //
-// Macros: TYPE, that of the input vectors (encode) or of the output (decode).
+// Macros: TYPE, that of the input vectors (encode) or of the output (decode); TEAM, Warp or Block.
 
-#include "block.cuh"
+#include "team.cuh"
 #include "side.cuh"
+
+using Team = TEAM;
 
 enum Scale { NORM, MSE, UNBIASED };
 
@@ -20,7 +22,7 @@ struct DenseRow {  // what encoding keeps of a row while it is rotated
 DEVICE double power_of_two_double(int e) { return __hiloint2double((e + 1023) << 20, 0); }
 
 // Steps 5 to 7: quantise w.row (rotated), pack and store codes and scale of row v.
-DEVICE void finish_row(const Workspace& w, const Side& s, const Norm& norm, u32 v, int bits, int scale_kind) {
+DEVICE void finish_row(const Workspace<Team>& w, const Side& s, const Norm& norm, u32 v, int bits, int scale_kind) {
   const float factor = norm.value > 0.0f ? div(s.gain, norm.value) : 0.0f;
   FOR_EACH(i, w.d) {
     const float z = mul(w.row[i], factor);
@@ -30,19 +32,19 @@ DEVICE void finish_row(const Workspace& w, const Side& s, const Norm& norm, u32 
     w.row[i] = z;
     w.codes[i] = norm.finite ? u8(code) : 0;
   }
-  __syncthreads();
+  Team::sync();
   u8* packed_row;
   float* scale_at;
   if (s.place(v, packed_row, scale_at)) {
     float scale = norm.value;
     if (scale_kind != NORM) {
-      const float along = block_fold(w, Add{}, [&](int i) { return mul(w.row[i], s.centroids[w.codes[i]]); });
-      const float energy = block_fold(w, Add{}, [&](int i) { const float c = s.centroids[w.codes[i]]; return mul(c, c); });
+      const float along = team_fold(w, Add{}, [&](int i) { return mul(w.row[i], s.centroids[w.codes[i]]); });
+      const float energy = team_fold(w, Add{}, [&](int i) { const float c = s.centroids[w.codes[i]]; return mul(c, c); });
       const float ratio = scale_kind == MSE ? div(along, energy) : div(float(w.d), along);
       scale = norm.value == 0.0f ? 0.0f : mul(norm.value, ratio);
     }
     scale = mul(scale, power_of_two(norm.exponent));
-    if (threadIdx.x == 0) *scale_at = norm.finite ? scale : float_of(CANONICAL_NAN);
+    if (Team::rank() == 0) *scale_at = norm.finite ? scale : float_of(CANONICAL_NAN);
     const int bytes = (w.d * bits + 7) / 8;
     FOR_EACH(g, (w.d + 7) / 8) {  // 8 codes take `bits` bytes
       u64 stream = 0;
@@ -51,7 +53,7 @@ DEVICE void finish_row(const Workspace& w, const Side& s, const Norm& norm, u32 
         if (g * bits + k < bytes) packed_row[g * bits + k] = u8(stream >> (8 * (bits - 1 - k)));
     }
   }
-  __syncthreads();
+  Team::sync();
 }
 
 DEVICE u32 code_at(const u8* row, int i, int bits) {
@@ -60,60 +62,60 @@ DEVICE u32 code_at(const u8* row, int i, int bits) {
   return two >> left & ((1u << bits) - 1);
 }
 
-extern "C" __global__ void encode_any(const __grid_constant__ Side s, int d, int bits, int scale_kind, u8* scratch, i64 scratch_bytes) {
+extern "C" __global__ void TEAM_BOUNDS encode_any(const __grid_constant__ Side s, int d, int bits, int scale_kind, u8* scratch, i64 scratch_bytes) {
   extern __shared__ __align__(16) u8 shared[];
-  const Workspace w(shared, scratch, scratch_bytes, d);
-  const BlockRotation rotation{s.signs, s.rounds, s.block_factor};
-  for (u32 v = blockIdx.x; v < s.rows; v += gridDim.x) {
+  const Workspace<Team> w(shared, scratch, scratch_bytes, d);
+  const TeamRotation<Team> rotation{s.signs, s.rounds, s.block_factor};
+  for (u32 v = team<Team>(); v < s.rows; v += teams<Team>()) {
     const Norm norm = load_row(w, reinterpret_cast<const TYPE*>(s.vector(v)));
     rotation.forward(w);
     finish_row(w, s, norm, v, bits, scale_kind);
   }
 }
 
-extern "C" __global__ void decode_any(const u8* packed, const float* scales, TYPE* out, i64 rows, const float* table, const float* signs, int rounds, float block_factor, int d, int bits, u8* scratch, i64 scratch_bytes) {
+extern "C" __global__ void TEAM_BOUNDS decode_any(const u8* packed, const float* scales, TYPE* out, i64 rows, const float* table, const float* signs, int rounds, float block_factor, int d, int bits, u8* scratch, i64 scratch_bytes) {
   extern __shared__ __align__(16) u8 shared[];
-  const Workspace w(shared, scratch, scratch_bytes, d);
-  const BlockRotation rotation{signs, rounds, block_factor};
+  const Workspace<Team> w(shared, scratch, scratch_bytes, d);
+  const TeamRotation<Team> rotation{signs, rounds, block_factor};
   const int bytes = (d * bits + 7) / 8;
-  for (i64 v = blockIdx.x; v < rows; v += gridDim.x) {
+  for (i64 v = team<Team>(); v < rows; v += teams<Team>()) {
     FOR_EACH(i, d) w.row[i] = table[code_at(packed + v * bytes, i, bits)];
-    __syncthreads();
+    Team::sync();
     rotation.backward(w);
     const float scale = scales[v];
     FOR_EACH(i, d) store_as(out + v * d + i, mul(w.row[i], scale));
-    __syncthreads();
+    Team::sync();
   }
 }
 
 // Dense, before the product: rows first .. first + count as whole numbers.
-extern "C" __global__ void encode_dense_before(const __grid_constant__ Side s, u32 first, u32 count, int d, double* fixed, DenseRow* kept, u8* scratch, i64 scratch_bytes) {
+extern "C" __global__ void TEAM_BOUNDS encode_dense_before(const __grid_constant__ Side s, u32 first, u32 count, int d, double* fixed, DenseRow* kept, u8* scratch, i64 scratch_bytes) {
   extern __shared__ __align__(16) u8 shared[];
-  const Workspace w(shared, scratch, scratch_bytes, d);
-  for (u32 v = blockIdx.x; v < count; v += gridDim.x) {
+  const Workspace<Team> w(shared, scratch, scratch_bytes, d);
+  for (u32 v = team<Team>(); v < count; v += teams<Team>()) {
     const Norm norm = load_row(w, reinterpret_cast<const TYPE*>(s.vector(first + v)));
-    const float largest = norm.finite ? block_fold(w, Larger{}, [&](int i) { return magnitude(w.row[i]); }) : 0.0f;
+    const float largest = norm.finite ? team_fold(w, Larger{}, [&](int i) { return magnitude(w.row[i]); }) : 0.0f;
     const int exponent = bits_of(largest) ? exponent_of(largest) : -1;
-    if (threadIdx.x == 0) kept[v] = DenseRow{norm, exponent};
+    if (Team::rank() == 0) kept[v] = DenseRow{norm, exponent};
     const double to_fixed = power_of_two_double(INPUT_BITS - 1 - exponent);
     FOR_EACH(i, d) {
       double x;
       store_as(&x, norm.finite ? w.row[i] : 0.0f);
       fixed[i64(v) * d + i] = rint(mul(x, to_fixed));
     }
-    __syncthreads();
+    Team::sync();
   }
 }
 
 // Dense, behind the product.
-extern "C" __global__ void encode_dense_behind(const __grid_constant__ Side s, u32 first, u32 count, int d, int bits, int scale_kind, const double* product, const DenseRow* kept, u8* scratch, i64 scratch_bytes) {
+extern "C" __global__ void TEAM_BOUNDS encode_dense_behind(const __grid_constant__ Side s, u32 first, u32 count, int d, int bits, int scale_kind, const double* product, const DenseRow* kept, u8* scratch, i64 scratch_bytes) {
   extern __shared__ __align__(16) u8 shared[];
-  const Workspace w(shared, scratch, scratch_bytes, d);
-  for (u32 v = blockIdx.x; v < count; v += gridDim.x) {
+  const Workspace<Team> w(shared, scratch, scratch_bytes, d);
+  for (u32 v = team<Team>(); v < count; v += teams<Team>()) {
     const DenseRow row = kept[v];
     const double from_fixed = power_of_two_double(row.exponent - (INPUT_BITS - 1) - MATRIX_BITS);
     FOR_EACH(i, d) w.row[i] = to_float(mul(product[i64(v) * d + i], from_fixed));
-    __syncthreads();
+    Team::sync();
     finish_row(w, s, row.norm, first + v, bits, scale_kind);
   }
 }

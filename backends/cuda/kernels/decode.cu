@@ -1,9 +1,9 @@
-// Decode, one warp at a time over tiles of 32 vectors (16 where two lanes hold a vector): packed rows
-// to shared memory, lookup, inverse rotation and scale in registers, rows out through shared memory.
+// Decode, one warp at a time over tiles of 32 vectors (fewer where several lanes hold a vector): packed
+// rows to shared memory, lookup, inverse rotation and scale in registers, rows out through shared memory.
 // While a tile is computed the next one is on its way.
 //
-// Macros: OUTPUT, HEAD_DIM, LANES, BITS; LOAD, width in bytes of a load of codes; WARPS and
-// BLOCKS as in encode.cu.
+// Macros: OUTPUT, HEAD_DIM, LANES, BITS; LOAD and STORE, width in bytes of a load of codes and of a
+// store of vectors; WARPS and BLOCKS as in encode.cu.
 
 #include "convert.cuh"
 #include "lookup.cuh"
@@ -24,8 +24,7 @@ decode(const u8* __restrict__ packed, const float* __restrict__ scales, u8* __re
   u8* in_tile = shared + Table::BYTES + warp * (IN_TILE + OUT_TILE);
   u8* out_tile = in_tile + IN_TILE;
   float* signs = reinterpret_cast<float*>(shared + Table::BYTES + WARPS * (IN_TILE + OUT_TILE));
-  const int steps = L::IS_POWER_OF_TWO ? rounds : 2 * rounds;
-  for (int i = threadIdx.x; i < steps * L::D; i += 32 * WARPS) signs[i] = signs_in[i];
+  fill_signs<L>(signs, signs_in, rounds, 32 * WARPS);
   Table::fill(shared, table, 32 * WARPS);
   __syncthreads();
 
@@ -45,7 +44,9 @@ decode(const u8* __restrict__ packed, const float* __restrict__ scales, u8* __re
     __syncwarp();
     fetch(first + stride);
 
-    float x[L::COUNT];
+    float x[L::SLOTS];
+#pragma unroll
+    for (int j = L::COUNT; j < L::SLOTS; j++) x[j] = 0.0f;
 #pragma unroll
     for (int j = 0; j < L::COUNT; j += Table::GROUP) Table::get(shared, codes.get(j, Table::GROUP), x + j);
     rotate_back<L>(x, signs + L::CHUNK * t, rounds, block_factor, scale, t);
@@ -56,7 +57,7 @@ decode(const u8* __restrict__ packed, const float* __restrict__ scales, u8* __re
     for (int j = 0; j < L::COUNT; j += PER)
       *reinterpret_cast<uint4*>(row + (L::coordinate(j) + L::CHUNK * t) * sizeof(OUTPUT)) = narrow(x + j, OUTPUT{});
     __syncwarp();
-    rows_out<L::ROWS, OUT_BYTES, 16>(out_tile, out + first * OUT_BYTES, rows - first, lane);
+    rows_out<L::ROWS, OUT_BYTES, STORE>(out_tile, out + first * OUT_BYTES, rows - first, lane);
     __syncwarp();
   }
 }

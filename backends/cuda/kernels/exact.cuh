@@ -27,6 +27,9 @@ DEVICE float fma_rn(float a, float b, float c) { float r; asm("fma.rn.f32 %0, %1
 DEVICE float fma_sat(float a, float b, float c) { float r; asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(a), "f"(b), "f"(c)); return r; }
 
 DEVICE double mul(double a, double b) { double r; asm("mul.rn.f64 %0, %1, %2;" : "=d"(r) : "d"(a), "d"(b)); return r; }
+DEVICE float to_float(i64 a) { float r; asm("cvt.rn.f32.s64 %0, %1;" : "=f"(r) : "l"(a)); return r; }
+// Of |a| < 2**51, without the slow conversion: exact.
+DEVICE double whole_to_double(i64 a) { double r; asm("sub.rn.f64 %0, %1, %2;" : "=d"(r) : "d"(__longlong_as_double(a + 0x4338000000000000)), "d"(0x1.8p52)); return r; }
 DEVICE float to_float(double a) { float r; asm("cvt.rn.f32.f64 %0, %1;" : "=f"(r) : "d"(a)); return r; }
 
 DEVICE u32 bits_of(float a) { return __float_as_uint(a); }

@@ -4,8 +4,10 @@
 // Macros: TYPE, that of the queries; BITS; QUERIES a block serves; LOAD, width in bytes of a load of
 // codes (4 divides the bytes of a row; 16 also needs BITS 4 or 8 and d a multiple of 32); DENSE, 1 if the queries come rotated (float64, by matrix product).
 
-#include "block.cuh"
+#include "team.cuh"
 #include "lookup.cuh"
+
+using Team = Block;
 
 constexpr int THREADS = 128;
 
@@ -50,19 +52,19 @@ inner_products(const TYPE* __restrict__ query, i64 num_queries, const u8* __rest
   float* rotated = reinterpret_cast<float*>(scratch ? scratch + (i64(blockIdx.y) * gridDim.x + blockIdx.x) * scratch_bytes : shared + Table::BYTES);
   Table::fill(shared, table, THREADS);
   for (int m = 0; m < QUERIES; m++) {
-    Workspace w(nullptr, nullptr, 0, d);
+    Workspace<Team> w(d);
     w.row = rotated + m * columns;
     w.part = rotated + QUERIES * columns;
     const bool real = first_query + m < num_queries;
     const TYPE* q = query + (first_query + m) * d;
     // divided by a power of two first, so that no query is too large or too small for float32
     const auto exponent_field = [&](int i) { return real ? float(__double2hiint(to_double(q[i])) >> 20 & 0x7ff) : 0.0f; };
-    const int exponent = min(max(int(block_fold(w, Larger{}, exponent_field)) - 1023, -1000), 1000);
+    const int exponent = min(max(int(team_fold(w, Larger{}, exponent_field)) - 1023, -1000), 1000);
     const double down = __hiloint2double((1023 - exponent) << 20, 0);
     if (threadIdx.x == 0) powers[m] = __hiloint2double((1023 + exponent) << 20, 0) * gain;
     FOR_EACH(i, columns) w.row[i] = real && i < d ? to_float(to_double(q[i]) * down) : 0.0f;
     __syncthreads();
-    if (!DENSE) BlockRotation{signs, rounds, block_factor}.forward(w);
+    if (!DENSE) TeamRotation<Team>{signs, rounds, block_factor}.forward(w);
   }
   __syncthreads();
 

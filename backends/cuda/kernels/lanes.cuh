@@ -1,8 +1,9 @@
 // How a vector lies in the registers of a warp, and the rotation on that layout.
 //
-// T (1, 2 or 4) lanes hold one vector.  One lane: coordinates in order, no lane talks to another.
+// T lanes (a power of two) hold one vector.  One lane: coordinates in order, no lane talks to another.
 // Several lanes take turns at chunks of consecutive coordinates: register CHUNK k + i of lane t holds
 // coordinate CHUNK (T k + t) + i, and only the butterflies of strides CHUNK .. CHUNK T / 2 cross lanes.
+// Then halves of a vector are whole turns, if its length is no power of two.
 
 #pragma once
 #include "exact.cuh"
@@ -13,11 +14,13 @@ constexpr DEVICE int ceil_power_of_two(int n) { int p = 1; while (p < n) p *= 2;
 template <int DIM, int LANES_A_VECTOR> struct Layout {
   static constexpr int D = DIM, T = LANES_A_VECTOR;
   static constexpr int COUNT = D / T;                     // registers a lane
-  static constexpr int CHUNK = T == 1 ? COUNT : 32 / T;       // consecutive coordinates in a lane
+  static constexpr int CHUNK = T == 1 ? COUNT : T == 2 && D % 64 == 0 ? 16 : 8;  // consecutive coordinates in a lane
+  static constexpr int SLOTS = (COUNT + 7) / 8 * 8;       // COUNT in whole 16-byte words of any type
   static constexpr int ROWS = 32 / T;                     // vectors a warp
   static constexpr int BLOCK = floor_power_of_two(D);     // length of a fast transform
   static constexpr bool IS_POWER_OF_TWO = BLOCK == D;
   static constexpr int TAIL = COUNT - BLOCK / T;          // register where the last block begins
+  static constexpr int SIGNS = (D + 3) / 4 * 4;           // a row of signs in shared memory
   // Coordinate of register j in lane 0; lane t adds CHUNK t.
   static constexpr DEVICE int coordinate(int j) { return T == 1 ? j : CHUNK * T * (j / CHUNK) + j % CHUNK; }
 };
@@ -67,7 +70,7 @@ template <class L, class P> DEVICE float fold_sum(P product) {
 
 // Unnormalised Walsh-Hadamard transform of registers BEGIN .. END, strides ascending.
 // `first` is 1, or 2 where flip_and_pair has done the stride 1 already.
-template <class L, int BEGIN, int END, int FIRST_STRIDE> DEVICE void transform(float (&x)[L::COUNT], int t) {
+template <class L, int BEGIN, int END, int FIRST_STRIDE> DEVICE void transform(float (&x)[L::SLOTS], int t) {
   constexpr int LENGTH = END - BEGIN;
 #pragma unroll
   for (int h = FIRST_STRIDE; h < LENGTH; h *= 2) {
@@ -89,55 +92,59 @@ template <class L, int BEGIN, int END, int FIRST_STRIDE> DEVICE void transform(f
   }
 }
 
+// signs: [steps, D] -> rows of SIGNS in shared memory.
+template <class L> DEVICE void fill_signs(float* shared, const float* signs, int rounds, int threads) {
+  const int steps = L::IS_POWER_OF_TWO ? rounds : 2 * rounds;
+  for (int i = threadIdx.x; i < steps * L::D; i += threads) shared[i / L::D * L::SIGNS + i % L::D] = signs[i];
+}
+
 // x * signs, then the butterflies of stride 1 on registers BEGIN .. END: 3 operations for 2 values.
-template <class L, int BEGIN, int END> DEVICE void flip_and_pair(float (&x)[L::COUNT], const float* signs) {
+template <class L, int BEGIN, int END> DEVICE void flip_and_pair(float (&x)[L::SLOTS], const float* signs) {
 #pragma unroll
   for (int j = 0; j < L::COUNT; j += 4) {
-    const float4 s = *reinterpret_cast<const float4*>(signs + L::coordinate(j));
-    x[j] = mul(x[j], s.x);
-    x[j + 2] = mul(x[j + 2], s.z);
-    if (BEGIN <= j && j < END) {
-      const float a = x[j], b = x[j + 1], c = x[j + 2], d = x[j + 3];
-      x[j] = fma_rn(b, s.y, a);
-      x[j + 1] = fma_rn(b, -s.y, a);
-      x[j + 2] = fma_rn(d, s.w, c);
-      x[j + 3] = fma_rn(d, -s.w, c);
-    } else {
-      x[j + 1] = mul(x[j + 1], s.y);
-      x[j + 3] = mul(x[j + 3], s.w);
+    const float4 quad = *reinterpret_cast<const float4*>(signs + L::coordinate(j));
+    const float sign[4] = {quad.x, quad.y, quad.z, quad.w};
+#pragma unroll
+    for (int i = j; i < j + 4 && i < L::COUNT; i++) {
+      if (BEGIN < i && i < END && (i - BEGIN) % 2) {  // x[i - 1] has its sign
+        const float a = x[i - 1], b = x[i];
+        x[i - 1] = fma_rn(b, sign[i - j], a);
+        x[i] = fma_rn(b, -sign[i - j], a);
+      } else x[i] = mul(x[i], sign[i - j]);
     }
   }
 }
 
-template <class L, int BEGIN, int END> DEVICE void normalize_block(float (&x)[L::COUNT], float factor) {
+template <class L, int BEGIN, int END> DEVICE void normalize_block(float (&x)[L::SLOTS], float factor) {
 #pragma unroll
   for (int j = BEGIN; j < END; j++) x[j] = mul(x[j], factor);
 }
 
 // First and last half of the coordinates become (a + b) / sqrt(2), (a - b) / sqrt(2).
-template <class L> DEVICE void mix_halves(float (&x)[L::COUNT]) {
+template <class L> DEVICE void mix_halves(float (&x)[L::SLOTS]) {
+  constexpr int HALF = L::COUNT / 2, SECOND = L::COUNT - HALF;
   const float half_sqrt = float_of(0x3f3504f3u);  // float32 of sqrt(1/2)
 #pragma unroll
-  for (int j = 0; j < L::COUNT / 2; j++) {
-    const float a = x[j], b = x[j + L::COUNT / 2];
+  for (int j = 0; j < HALF; j++) {
+    const float a = x[j], b = x[SECOND + j];
     x[j] = mul(add(a, b), half_sqrt);
-    x[j + L::COUNT / 2] = mul(sub(a, b), half_sqrt);
+    x[SECOND + j] = mul(sub(a, b), half_sqrt);
   }
 }
 
-// The rotation times its growth.  `signs` points at this lane's first coordinate: [steps, D].
-template <class L> DEVICE void rotate(float (&x)[L::COUNT], const float* signs, int rounds, float block_factor, int t) {
+// The rotation times its growth.  `signs` points at this lane's first coordinate: [steps, SIGNS].
+template <class L> DEVICE void rotate(float (&x)[L::SLOTS], const float* signs, int rounds, float block_factor, int t) {
 #pragma unroll 1
   for (int r = 0; r < rounds; r++) {
     if constexpr (L::IS_POWER_OF_TWO) {
-      flip_and_pair<L, 0, L::COUNT>(x, signs + r * L::D);
+      flip_and_pair<L, 0, L::COUNT>(x, signs + r * L::SIGNS);
       transform<L, 0, L::COUNT, 2>(x, t);
     } else {
-      flip_and_pair<L, 0, L::COUNT - L::TAIL>(x, signs + 2 * r * L::D);
+      flip_and_pair<L, 0, L::COUNT - L::TAIL>(x, signs + 2 * r * L::SIGNS);
       transform<L, 0, L::COUNT - L::TAIL, 2>(x, t);
       normalize_block<L, 0, L::COUNT - L::TAIL>(x, block_factor);
       mix_halves<L>(x);
-      flip_and_pair<L, L::TAIL, L::COUNT>(x, signs + (2 * r + 1) * L::D);
+      flip_and_pair<L, L::TAIL, L::COUNT>(x, signs + (2 * r + 1) * L::SIGNS);
       transform<L, L::TAIL, L::COUNT, 2>(x, t);
       normalize_block<L, L::TAIL, L::COUNT>(x, block_factor);
       mix_halves<L>(x);
@@ -145,24 +152,23 @@ template <class L> DEVICE void rotate(float (&x)[L::COUNT], const float* signs, 
   }
 }
 
-template <class L> DEVICE void flip(float (&x)[L::COUNT], const float* signs, float factor) {
+template <class L> DEVICE void flip(float (&x)[L::SLOTS], const float* signs, float factor) {
 #pragma unroll
   for (int j = 0; j < L::COUNT; j += 4) {
-    const float4 s = *reinterpret_cast<const float4*>(signs + L::coordinate(j));
-    x[j] = mul(x[j], mul(s.x, factor));  // a sign times the factor is exact
-    x[j + 1] = mul(x[j + 1], mul(s.y, factor));
-    x[j + 2] = mul(x[j + 2], mul(s.z, factor));
-    x[j + 3] = mul(x[j + 3], mul(s.w, factor));
+    const float4 quad = *reinterpret_cast<const float4*>(signs + L::coordinate(j));
+    const float sign[4] = {quad.x, quad.y, quad.z, quad.w};
+#pragma unroll
+    for (int i = j; i < j + 4 && i < L::COUNT; i++) x[i] = mul(x[i], mul(sign[i - j], factor));  // a sign times the factor is exact
   }
 }
 
 // The inverse rotation times its growth, times `scale`.
-template <class L> DEVICE void rotate_back(float (&x)[L::COUNT], const float* signs, int rounds, float block_factor, float scale, int t) {
+template <class L> DEVICE void rotate_back(float (&x)[L::SLOTS], const float* signs, int rounds, float block_factor, float scale, int t) {
   if constexpr (L::IS_POWER_OF_TWO) {
     transform<L, 0, L::COUNT, 1>(x, t);
 #pragma unroll 1
     for (int r = rounds - 1; r > 0; r--) {
-      flip_and_pair<L, 0, L::COUNT>(x, signs + r * L::D);
+      flip_and_pair<L, 0, L::COUNT>(x, signs + r * L::SIGNS);
       transform<L, 0, L::COUNT, 2>(x, t);
     }
   } else {
@@ -171,11 +177,11 @@ template <class L> DEVICE void rotate_back(float (&x)[L::COUNT], const float* si
       mix_halves<L>(x);
       transform<L, L::TAIL, L::COUNT, 1>(x, t);
       normalize_block<L, L::TAIL, L::COUNT>(x, block_factor);
-      flip<L>(x, signs + (2 * r + 1) * L::D, 1.0f);
+      flip<L>(x, signs + (2 * r + 1) * L::SIGNS, 1.0f);
       mix_halves<L>(x);
       transform<L, 0, L::COUNT - L::TAIL, 1>(x, t);
       normalize_block<L, 0, L::COUNT - L::TAIL>(x, block_factor);
-      if (r > 0) flip<L>(x, signs + 2 * r * L::D, 1.0f);
+      if (r > 0) flip<L>(x, signs + 2 * r * L::SIGNS, 1.0f);
     }
   }
   flip<L>(x, signs, scale);

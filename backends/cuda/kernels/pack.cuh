@@ -45,7 +45,7 @@ template <int BITS, int COUNT> struct CodeStream {
       for (int w = 0; w < WORDS; w++) {
         const u32 bytes = swap_bytes(words[w]);
 #pragma unroll
-        for (int k = 0; k < 4; k += P::SIZE)
+        for (int k = 0; k < 4 && 4 * w + k < P::BYTES; k += P::SIZE)
           *reinterpret_cast<typename P::Type*>(row + P::place(4 * w + k, t)) = typename P::Type(bytes >> (8 * k));
       }
     }
@@ -65,7 +65,7 @@ template <int BITS, int COUNT> struct CodeStream {
       for (int w = 0; w < WORDS; w++) {
         u32 bytes = 0;
 #pragma unroll
-        for (int k = 0; k < 4; k += P::SIZE)
+        for (int k = 0; k < 4 && 4 * w + k < P::BYTES; k += P::SIZE)
           bytes |= u32(*reinterpret_cast<const typename P::Type*>(row + P::place(4 * w + k, t))) << (8 * k);
         words[w] = swap_bytes(bytes);
       }
@@ -75,7 +75,7 @@ template <int BITS, int COUNT> struct CodeStream {
  private:
   // Where lanes alternate, a chunk's codes take CHUNK_BYTES, moved in pieces that divide them.
   template <class L> struct Pieces {
-    static constexpr int CHUNK_BYTES = L::CHUNK * BITS / 8;
+    static constexpr int CHUNK_BYTES = L::CHUNK * BITS / 8, BYTES = COUNT * BITS / 8;
     static constexpr int SIZE = CHUNK_BYTES % 4 == 0 ? 4 : CHUNK_BYTES % 2 == 0 ? 2 : 1;
     using Type = typename WordOf<SIZE>::Type;
     static DEVICE int place(int byte, int t) { return (byte / CHUNK_BYTES * L::T + t) * CHUNK_BYTES + byte % CHUNK_BYTES; }
