@@ -84,13 +84,26 @@ def test_the_host_clock_measures_one_step_after_the_other() -> None:
 
         return call
 
-    runner = HostClock().prepare([step("long", 0.03), step("short", 0.0)])
+    runner = HostClock(least_seconds=0).prepare([step("long", 0.03), step("short", 0.0)])
     assert called == []
     long, short, again = (runner.seconds() for _ in range(3))
     assert called == ["long", "short", "long"]
     assert min(long, again) >= 0.03
     assert short < 0.03
     assert runner.timed == "calls"
+
+
+def test_short_steps_are_called_for_a_while_and_the_time_is_that_of_one() -> None:
+    called: list[int] = []
+
+    def step() -> None:
+        called.append(1)
+        time.sleep(1e-3)
+
+    seconds = HostClock(least_seconds=0.05).prepare([step]).seconds()
+    assert 2 <= len(called) <= 50
+    assert seconds >= 1e-3
+    assert seconds * len(called) >= 0.05
 
 
 # -- rooflines -----------------------------------------------------------------------------------
@@ -551,9 +564,10 @@ def test_every_plot_is_drawn_from_growth(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from turboquant_np.bench.plot import PLOTS, draw
 
-    step = {"section": GROWTH, "operation": "step", "threads": 1, "items": 1, "rooflines": {}}
+    limit = {"limit": "read", "rooflines": {"read": 1e9}}
+    step = {"section": GROWTH, "operation": "step", "threads": 1, "items": 1} | limit
     case = vars(AttentionCase())
-    base = {"section": GROWTH, "threads": 1, "rooflines": {}, "dtype": "float32", "rounds": 3}
+    base = {"section": GROWTH, "threads": 1, "dtype": "float32", "rounds": 3} | limit
     lines = [
         *({**step, **case, "sweep": "context", "context": c, "seconds": c / 1e6} for c in (1, 9)),
         *(

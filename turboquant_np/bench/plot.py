@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from .growth import steady_seconds
+
 __all__ = ["PLOTS", "draw"]
 
 Row = dict[str, Any]
@@ -71,7 +73,7 @@ def _style(i: int) -> dict[str, Any]:
 
 def _logarithmic(axes: Axes, x: str, y: str) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:,.10g}")
-    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(plain)
@@ -174,9 +176,17 @@ def _against(
 def _steps(document: Document, sweep: str, **fixed: Any) -> list[Row]:
     """Decoding steps of the section growth or else of attention."""
     base = {"operation": "step", "head_dim": 128, "kv_heads": 8, "group": 4} | fixed
+    grown = [row for row in _grown(document) if base.items() <= row.items()]
+    grown = [row for row in grown if row["sweep"] == sweep]
     lines = [row for row in document["lines"] if base.items() <= row.items()]
-    grown = [row for row in lines if row.get("sweep") == sweep]
     return _most_threads(grown or [row for row in lines if row["section"] == "attention"])
+
+
+def _grown(document: Document) -> list[Row]:
+    """Lines of the section growth, with the times that slopes are fitted to."""
+    rows = [row for row in document["lines"] if row["section"] == "growth"]
+    times = steady_seconds(rows)
+    return [row | {"seconds": time} for row, time in zip(rows, times, strict=True)]
 
 
 def _peer_times(document: Document, setting: str, like: list[Row], **fixed: Any) -> list[Row]:
@@ -240,7 +250,7 @@ def _sweep_plot(
         return str(row["operation"]) if first else f"{row['operation']}, {row['sweep']}"
 
     def plot(axes: Axes, document: Document) -> bool:
-        rows = [row for row in document["lines"] if row.get("sweep") in sweeps]
+        rows = [row for row in _grown(document) if row["sweep"] in sweeps]
         scale = 1e9 if per_item else 1e3
 
         def value(row: Row) -> float:

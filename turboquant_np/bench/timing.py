@@ -39,25 +39,38 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """Wall-clock time; each time the next step is called.
+    """Wall-clock time; each time the next steps are called.
+
+    Parameters
+    ----------
+    least_seconds : float
+        Short steps are called one after the other for that long, as the first of them would tell
+        mostly how long it takes to come back after something else had filled the caches.
 
     Examples
     --------
     >>> from turboquant_np.bench.timing import HostClock
     >>> called = []
-    >>> runner = HostClock().prepare([lambda: called.append("a"), lambda: called.append("b")])
+    >>> steps = [lambda: called.append("a"), lambda: called.append("b")]
+    >>> runner = HostClock(least_seconds=0).prepare(steps)
     >>> all(runner.seconds() >= 0 for _ in range(3)), called
     (True, ['a', 'b', 'a'])
     """
+
+    def __init__(self, least_seconds: float = 2e-3) -> None:
+        self.least_seconds = least_seconds
 
     def prepare(self, steps: Sequence[Call]) -> Runner:
         turn = cycle(steps)
 
         def seconds() -> float:
-            step = next(turn)
+            calls, elapsed = 0, 0.0
             start = time.perf_counter()
-            step()
-            return time.perf_counter() - start
+            while not calls or elapsed < self.least_seconds:
+                next(turn)()
+                calls += 1
+                elapsed = time.perf_counter() - start
+            return elapsed / calls
 
         return Runner(seconds, "calls")
 
