@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -20,6 +21,7 @@ Document = dict[str, Any]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")
 GREY = "#999999"
 MARKERS = "os^Dvphx"
+PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")
 
 
 def draw(document: Document, path: str) -> list[Path]:
@@ -71,12 +73,19 @@ def _style(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
+def _plain(axis: Axis) -> None:
+    """Numbers instead of powers of ten, several in each decade."""
+    low, high = axis.get_view_interval()
+    subs = (1.0, 2.0, 5.0) if high > 50 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    axis.set_major_locator(LogLocator(10, subs=subs))
+    axis.set_major_formatter(PLAIN)
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _logarithmic(axes: Axes, x: str, y: str) -> None:
-    plain = FuncFormatter(lambda value, _: f"{value:,.10g}")
-    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(plain)
+    """Labels of an axis of powers of two, and of one of seconds."""
+    axes.xaxis.set_major_formatter(PLAIN)
+    _plain(axes.yaxis)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
 
@@ -106,8 +115,9 @@ def roofline(axes: Axes, document: Document) -> bool:
         axes.plot([x[0], knee], [x[0] * bandwidth / 1e9, knee * bandwidth / 1e9], color=GREY, lw=2)
         axes.annotate(
             f"memory, {bandwidth / 1e9:.0f} GB/s",
-            (x[0] * 1.3, x[0] * 1.5 * bandwidth / 1e9),
-            rotation=35,
+            (x[0], x[0] * bandwidth / 1e9),
+            (10, -2),
+            textcoords="offset points",
             color="#555555",
             fontsize=8,
         )
@@ -131,6 +141,8 @@ def roofline(axes: Axes, document: Document) -> bool:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain(axis)
     axes.set_xlabel("operations (a fused multiply-add is one) per byte moved")
     axes.set_ylabel("billion operations per second")
     axes.set_title(f"What limits each call, {_threads(rows)}")
