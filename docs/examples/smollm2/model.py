@@ -45,7 +45,7 @@ class Model:
         self._operations = operations_for(xp)
         c = self.config
         frequencies = c.rope_base ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
-        angles = np.arange(c.context)[:, None] * frequencies
+        angles = np.arange(c.context)[:, None, None] * frequencies  # [context, 1, head_dim / 2]
         self._turns = xp.asarray(np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32))
 
     def forward(self, token_ids: Any, positions: Any, attend: Attend) -> Any:
@@ -72,7 +72,7 @@ class Model:
         if isinstance(positions, np.ndarray) and positions.size and positions.max() >= c.context:
             raise ValueError(f"the model has {c.context} positions, got {positions.max()}")
         token_ids, positions = xp.asarray(token_ids), xp.asarray(positions)
-        cos, sin = self._turns[:, positions, None, :]  # [T, 1, head_dim / 2]
+        cos, sin = self._turns.take(positions, axis=1)  # [T, 1, head_dim / 2] each
         x = self.weights.embedding[token_ids].astype(np.float32)
         heads = (c.heads, c.kv_heads, c.kv_heads)
         first_k, first_v = c.heads, c.heads + c.kv_heads

@@ -47,7 +47,9 @@ class FusedOperations:
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
-        self._squares = cupy.ReductionKernel("T x", "T sum", "x * x", "a + b", "sum = a", "0", "sq")
+        self._squares = cupy.ReductionKernel(
+            "T x", "T sum", "x * x", "a + b", "sum = a", "0", "smollm2_squares"
+        )
         self._norm = cupy.ElementwiseKernel(
             "float32 x, float32 sum, float32 gain, float32 width, float32 eps",
             "T out",
@@ -55,9 +57,10 @@ class FusedOperations:
             "smollm2_norm",
         )
         self._rope = cupy.ElementwiseKernel(
-            "float32 cos, float32 sin",
-            "T even, T odd",
-            "float a = even, b = odd; even = T(a * cos - b * sin); odd = T(a * sin + b * cos)",
+            "T even, T odd, float32 cos, float32 sin",
+            "T new_even, T new_odd",
+            "float a = even, b = odd;"
+            "new_even = T(a * cos - b * sin); new_odd = T(a * sin + b * cos)",
             "smollm2_rope",
         )
         self._swiglu = cupy.ElementwiseKernel(
@@ -73,7 +76,8 @@ class FusedOperations:
         return self._norm(x, total, gain, np.float32(x.shape[-1]), np.float32(eps), out)
 
     def rope(self, x: Any, cos: Any, sin: Any) -> None:
-        self._rope(cos, sin, x[..., 0::2], x[..., 1::2])
+        even, odd = x[..., 0::2], x[..., 1::2]
+        self._rope(even, odd, cos, sin, even, odd)
 
     def swiglu(self, gate: Any, up: Any) -> Any:
         return self._swiglu(gate, up)
