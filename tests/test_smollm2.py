@@ -184,7 +184,7 @@ def test_command_refuses(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_benchmark(model: Model, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("smollm2.command.load_model", lambda options: model)
-    monkeypatch.setattr("smollm2.benchmark.MOST_STEPS", 1)
+    monkeypatch.setattr("smollm2.benchmark.MOST_ROUNDS", 1)
     assert main(["--benchmark", "--contexts", "128", "--batches", "1", "2"]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [[cell.strip() for cell in row.split("|")[1:4]] for row in rows] == [

@@ -96,7 +96,7 @@ def test_greedy_answers_of_the_real_model_equal_those_of_numpy() -> None:
 
 
 def test_benchmark(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smollm2.benchmark.MOST_STEPS", 2)
+    monkeypatch.setattr("smollm2.benchmark.MOST_ROUNDS", 1)
     options = ["--device", "cuda", "--random-weights", "--contexts", "256", "--batches", "1", "2"]
     assert main(["--benchmark", *options]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2 + 4

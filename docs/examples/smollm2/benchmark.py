@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from typing import Any
 
@@ -14,8 +15,9 @@ from .model import Model
 
 __all__ = ["fill", "print_benchmark"]
 
-WARM_UP, LEAST_STEPS, LEAST_SECONDS = 3, 8, 3.0
-MOST_STEPS = 128
+WARM_UP = 3
+ROUND = 16  # steps; a cache with pages of 16 tokens packs one in each round
+MOST_ROUNDS, ENOUGH_SECONDS = 8, 4.0
 
 
 def fill(model: Model, cache: Cache, tokens: int, seed: int) -> int:
@@ -39,24 +41,26 @@ def fill(model: Model, cache: Cache, tokens: int, seed: int) -> int:
 
 def time_decoding(model: Model, cache: Cache, context: int, count: int) -> dict[str, Any]:
     """`count` sequences of about `context` tokens, one more token each in every step."""
-    steps = MOST_STEPS + WARM_UP + 1
+    steps = WARM_UP + ROUND * MOST_ROUNDS
+    if context <= steps + 2:
+        raise ValueError(f"contexts must be above {steps + 2} tokens, got {context}")
     batch = Batch(model, cache)
     for seed in range(count):
-        sequence = fill(model, cache, context - steps - 1, seed)
-        batch.submit([1 + seed], sequence=sequence, max_new_tokens=steps)
+        sequence = fill(model, cache, context - steps - 2, seed)
+        batch.submit([1 + seed], sequence=sequence, max_new_tokens=steps + 1)
     for _ in range(WARM_UP):
         batch.step()
-    done, start = 0, time.perf_counter()
-    while done < MOST_STEPS:
-        batch.step()  # its tokens come to the host, so nothing is left running
-        done += 1
-        elapsed = time.perf_counter() - start
-        if done >= LEAST_STEPS and elapsed > LEAST_SECONDS:
-            break
+    times: list[float] = []
+    while len(times) < MOST_ROUNDS and sum(times) < ENOUGH_SECONDS:
+        start = time.perf_counter()
+        for _ in range(ROUND):
+            batch.step()  # its tokens come to the host, so nothing is left running
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times) / ROUND
     stats = cache.stats()
     return {
-        "ms/step": 1e3 * elapsed / done,
-        "tokens/s": count * done / elapsed,
+        "ms/step": 1e3 * seconds,
+        "tokens/s": count / seconds,
         "bytes/token": stats["used_bytes"] / stats["stored_tokens"],
         "MB": stats["used_bytes"] / 1e6,
     }
