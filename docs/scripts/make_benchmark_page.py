@@ -32,6 +32,7 @@ SECTIONS: dict[str, Callable[[Document], str]] = {
     "attention": lambda d: report.attention(d["lines"]),
     "append": lambda d: report.append(d["lines"]),
     "growth": lambda d: report.growth(d["growth"]),
+    "growth-rooflines": lambda d: report.rooflines(report.section_of(d["lines"], "growth")),
     "codec-peers": lambda d: report.codec_peers(d["peers"]),
     "attention-peers": lambda d: report.attention_peers(d["peers"]),
     "missing": lambda d: report.missing(d["missing"]),

@@ -271,6 +271,9 @@ def _sweep_plot(
         if not _against(axes, rows, setting, label, value, linear=linear):
             return False
         _logarithmic(axes, x, "nanoseconds a vector" if per_item else "milliseconds a call")
+        if not linear:
+            axes.set_yscale("linear")
+            axes.set_ylim(0)
         axes.set_title(title)
         return True
 
