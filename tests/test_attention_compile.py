@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,18 +75,21 @@ def spills_and_registers(plan: Plan, arch: int) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    ("bits", "query_len", "dense"),
+    ("bits", "head_dim", "query_len", "dense"),
     [
-        ((2, 2), 1, False),
-        ((3, 3), 1, False),
-        ((4, 4), 1, False),
-        ((8, 8), 1, True),
-        ((4, 2), 4, False),
-        ((3, 3), 8, False),
+        ((2, 2), 128, 1, False),
+        ((3, 3), 128, 1, False),
+        ((4, 4), 128, 1, False),
+        ((8, 8), 128, 1, True),
+        ((4, 2), 128, 4, False),
+        ((3, 3), 128, 8, False),
+        ((3, 3), 64, 1, False),
     ],
 )
-def test_pages_kernel_does_not_spill(bits: tuple[int, int], query_len: int, dense: bool) -> None:
-    plan = plan_of(bits, 128, 16, bulk_copies=True, query_len=query_len, dense=dense)
+def test_pages_kernel_does_not_spill(
+    bits: tuple[int, int], head_dim: int, query_len: int, dense: bool
+) -> None:
+    plan = plan_of(bits, head_dim, 16, bulk_copies=True, query_len=query_len, dense=dense)
     assert plan.kernel == "attention_pages"
     spill, registers = spills_and_registers(plan, 90)["attention_pages"]
     assert spill == 0
@@ -103,3 +107,13 @@ def test_split_kernel_compiles(
     used = spills_and_registers(plan, arch)
     assert used.keys() == {f"attention_{name}" for name in ("query", "dense", "split", "merge")}
     assert used["attention_split"][0] <= WALK_BYTES
+
+
+def test_window_kernel_does_not_spill() -> None:
+    plan = plan_of((4, 4), 128, 16, bulk_copies=True)
+    window = replace(
+        plan,
+        source="attention_window.cu",
+        macros={"D": 128, "BLOCK_SIZE": 16, "UNIT": 32, "WINDOW_DTYPE": 0, "ROWS": 8},
+    )
+    assert spills_and_registers(window, 80)["attention_window"][0] == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import struct
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -91,44 +93,69 @@ def attention(
         with batch.query.device:
             if batch.key_offset is not None:
                 batch = replace(batch, key_offset=cupy.ascontiguousarray(batch.key_offset))
-            for launch in prepare(key_spec, value_spec, batch, full):
-                launch()
+            step = _compiled(key_spec, value_spec, batch, full)
+            with _launching:  # nothing comes between the launches that share a stream's scratch
+                for launch in _bind(step, batch, full):
+                    launch()
             if cupy.cuda.get_current_stream().is_capturing():
                 # The caller need not hold them: lse may be unasked for, the others copies.
                 _captured.append((batch.query, batch.key_offset, batch.lse, full))
 
 
 def prepare(
-    key_spec: CodecSpec,
-    value_spec: CodecSpec,
-    batch: AttentionBatch,
-    full: FullPages | None = None,
+    key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch
 ) -> list[Callable[[], None]]:
     """The launches of a step on the current stream, with everything compiled and filled in."""
-    import cupy
+    return _bind(_compiled(key_spec, value_spec, batch, None), batch, None)
 
+
+class CompiledStep(NamedTuple):
+    """A step, but for its arrays."""
+
+    plan: Plan
+    keys: Constants
+    values: Constants
+    launches: list[tuple[Any, Launch]]  # function and shape of each
+
+
+def _compiled(
+    key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch, full: FullPages | None
+) -> CompiledStep:
     device = int(batch.query.device.id)
     keys, values = _constants(key_spec, device), _constants(value_spec, device)
     num_sms, bulk_copies = _device_facts(device)
     dense = "matrix" in keys or "matrix" in values
     shapes = shapes_of(batch, _address, full)
     plan = make_plan(key_spec, value_spec, shapes, num_sms, bulk_copies, dense)
-    scratch = _scratch(device, cupy.cuda.get_current_stream(), plan.scratch_bytes)
-    arguments = fill_arguments(batch, plan, keys, values, _address, _address(scratch), full)
-    ready = []
+    compiled = []
     for step in launches(batch, plan, keys, values, full):
         module = _compile(device, step.source, tuple(step.macros.items()), plan.options)
-        ready.append(
-            partial(
-                _function(module, step.kernel, step.shared_bytes),
-                step.grid,
-                (step.threads,),
-                (arguments, *step.extra),
-                shared_mem=step.shared_bytes,
-                enable_cooperative_groups=step.cooperative,
-            )
+        compiled.append((_function(module, step.kernel, step.shared_bytes), step))
+    return CompiledStep(plan, keys, values, compiled)
+
+
+def _bind(
+    step: CompiledStep, batch: AttentionBatch, full: FullPages | None
+) -> list[Callable[[], None]]:
+    import cupy
+
+    device, stream = int(batch.query.device.id), cupy.cuda.get_current_stream()
+    scratch = _address(_scratch(device, stream, step.plan.scratch_bytes))
+    barrier = _barrier(device, int(stream.ptr))
+    arguments = fill_arguments(
+        batch, step.plan, step.keys, step.values, _address, scratch, barrier, full
+    )
+    return [
+        partial(
+            function,
+            launch.grid,
+            (launch.threads,),
+            (arguments, *launch.extra),
+            shared_mem=launch.shared_bytes,
+            enable_cooperative_groups=launch.cooperative,
         )
-    return ready
+        for function, launch in step.launches
+    ]
 
 
 class Launch(NamedTuple):
@@ -218,10 +245,13 @@ def fill_arguments(
     values: Constants,
     address: Address,
     scratch: int,
+    barrier: int,
     full: FullPages | None = None,
 ) -> npt.NDArray[Any]:
     """The struct that every kernel gets, as an array of one element."""
-    a = np.zeros(1, argument_dtype())
+    fields = argument_dtype().fields
+    assert fields is not None
+    a: dict[str, float] = dict.fromkeys(fields, 0)
     for name in ("query", "k_packed", "k_norms", "v_packed", "v_norms", "out", "lse"):
         a[name] = address(getattr(batch, name))
     q_strides = _element_strides(batch.query)
@@ -257,7 +287,8 @@ def fill_arguments(
         if "signs" in constants:
             a[f"{prefix}_signs"] = address(constants["signs"])
             a[f"{prefix}_steps"] = len(constants["signs"])
-    for name in ("barrier", "q_rows", "q_factors", "plan", "parts", "part_scales"):
+    a["barrier"] = barrier
+    for name in ("q_rows", "q_factors", "plan", "parts", "part_scales"):
         a[name] = scratch + plan.scratch[name][0]
     if full is not None:
         for name in (
@@ -291,7 +322,8 @@ def fill_arguments(
     a["score_factor"] = a["offset_factor"] / (math.sqrt(head_dim) * float(keys["gain"]))
     a["soft_cap_log2"] = cap * LOG2_E
     a["value_factor"] = 1 / (math.sqrt(head_dim) * float(values["gain"]))
-    return a
+    packer, words = _packing()
+    return np.frombuffer(packer.pack(*a.values()), words)
 
 
 def step_source(name: str, macros: Mapping[str, int]) -> str:
@@ -313,6 +345,16 @@ def argument_dtype() -> np.dtype[Any]:
             code = "u8" if "*" in declaration else {"i64": "i8", "int": "i4", "float": "f4"}[kind]
             fields += [(name.strip(), code) for name in names.split(",")]
     return np.dtype(fields, align=True)
+
+
+@cache
+def _packing() -> tuple[struct.Struct, np.dtype[Any]]:
+    """What packs the fields of `struct Args`, and a dtype that CuPy passes on without a look."""
+    dtype = argument_dtype()
+    assert dtype.fields is not None
+    packer = struct.Struct("".join(field[0].char for field in dtype.fields.values()) + "0P")
+    assert packer.size == dtype.itemsize
+    return packer, np.dtype([("words", np.int64, (packer.size // 8,))])
 
 
 def make_constants(spec: CodecSpec) -> dict[str, npt.NDArray[Any]]:
@@ -397,6 +439,7 @@ def _function(module: Any, name: str, shared_bytes: int) -> Any:
     return function.kernel  # which can be launched cooperatively
 
 
+_launching = threading.Lock()
 _buffers: dict[tuple[int, int], Any] = {}
 _captured: list[Any] = []  # what a graph may still read or write
 
@@ -409,10 +452,25 @@ def _scratch(device: int, stream: Any, size: int) -> Any:
     buffer = _buffers.get(key)
     if buffer is None or buffer.nbytes < size:
         buffer = _buffers[key] = cupy.empty(size, np.uint8)
-        # The barrier starts from zero.  Not in `stream`: it may be recording a graph.
-        other = cupy.cuda.Stream(non_blocking=True)
-        cupy.cuda.runtime.memsetAsync(buffer.data.ptr, 0, ALIGNMENT, other.ptr)
-        other.synchronize()
     if stream.is_capturing() and not any(buffer is b for b in _captured):
         _captured.append(buffer)
     return buffer
+
+
+_barriers: dict[tuple[int, int], Any] = {}
+
+
+def _barrier(device: int, stream: int) -> int:
+    """Address of the counter of a stream's launches whose blocks wait for each other; zero.
+
+    Fresh memory, not from the pool, and set on a stream of its own: `stream` may be recording.
+    """
+    import cupy
+
+    memory = _barriers.get((device, stream))
+    if memory is None:
+        memory = _barriers[device, stream] = cupy.cuda.Memory(ALIGNMENT)
+        other = cupy.cuda.Stream(non_blocking=True)
+        cupy.cuda.runtime.memsetAsync(memory.ptr, 0, ALIGNMENT, other.ptr)
+        other.synchronize()
+    return int(memory.ptr)

@@ -19,11 +19,10 @@ SPLIT_UNIT = 64  # tokens that a block of attention_split handles at once
 SPLIT_THREADS = 128
 
 PAGE = 16  # tokens of one copy of attention_pages
-PAGES_HEAD_DIM = 128
+PAGES_HEAD_DIMS = {64, 128}
 PAGES_BITS = {2, 3, 4, 8}
 PAGES_HEADS = 8  # kv heads of a block
 PAGES_ROW_TILES = (1, 2, 4)  # of 8 query rows each, that read a page together
-PAGES_ROW_TILE_BYTES = 8 * 2176  # of shared memory: TileRows of 8 warps
 PAGES_MOST_ROWS = 64  # query rows of a sequence; each tile reads the pages again
 PAGES_THREADS, PAGES_MOST_THREADS = 288, 384
 FEW_SEQUENCES = 128  # that attention_pages can plan by itself
@@ -180,7 +179,7 @@ def make_plan(
 
     def plan(heads: int) -> Plan:
         shares = PAGES_HEADS // heads
-        pages = pages_per_warp(key.bits, value.bits) if tiles == 1 else 1
+        pages = pages_per_warp(key, value, tiles)
         variant = macros | {"HEADS": heads, "SHARES": shares, "SUB": pages}
         variant["UNIT"] = PAGE * pages * shares
         groups = shapes.num_kv_heads // heads
@@ -210,7 +209,8 @@ def _plan(
 ) -> Plan:
     """Cut the tokens into ranges for `blocks` blocks."""
     pages, fused = kernel == "attention_pages", bool(macros.get("FUSED"))
-    threads, options = PAGES_THREADS if pages else SPLIT_THREADS, ("-std=c++17",)
+    threads = PAGES_THREADS if pages else SPLIT_THREADS
+    options: tuple[str, ...] = ("-std=c++17",)
     if macros.get("ROW_TILES") == PAGES_ROW_TILES[-1]:  # warps hand registers to each other
         threads, options = PAGES_MOST_THREADS, ("-arch=sm_90a", *options)
     rows = (shapes.query_len or shapes.num_tokens) * shapes.group
@@ -250,7 +250,6 @@ def scratch_layout(
     """Offset and size of each part of the scratch memory, and the size of all."""
     q_rows = shapes.num_query_rows
     sizes = {
-        "barrier": 4,  # first, so that it stays where it is
         "q_rows": q_rows * _round_up(head_dim, 32) * 2,
         "q_factors": q_rows * 8,
         "plan": 16 * (shapes.num_seqs + 1),
@@ -270,12 +269,12 @@ def scratch_layout(
 def page_order(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> str | None:
     """Memory order "head" or "token" of pages that kernels/attention_pages can read, else None.
 
-    It wants head_dim 128, no soft cap, few query rows, and 16 tokens of all heads of a block of
-    threads in one piece: [head][token] in blocks of 16, or [token][head].
+    It wants head_dim 64 or 128, no soft cap, few query rows, and 16 tokens of all heads of a block
+    of threads in one piece: [head][token] in blocks of 16, or [token][head].
     """
     heads = shapes.num_kv_heads
     if (
-        key.head_dim != PAGES_HEAD_DIM
+        key.head_dim not in PAGES_HEAD_DIMS
         or not {key.bits, value.bits} <= PAGES_BITS
         or shapes.soft_cap
         or shapes.rows_per_seq > PAGES_MOST_ROWS
@@ -307,15 +306,16 @@ def row_tiles(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> int:
     page_bytes = PAGE * PAGES_HEADS * (key.packed_dim + value.packed_dim + 8)
     tables = 131072 if 3 in (key.bits, value.bits) else 65536
     memory = PAGES_SHARED_BYTES - tables - 512 - 2 * page_bytes  # two stages of a page each
-    fitting = [n for n in PAGES_ROW_TILES if n * PAGES_ROW_TILE_BYTES <= memory]
+    of_tile = 8 * (16 * key.head_dim + 128)  # TileRows of 8 warps
+    fitting = [n for n in PAGES_ROW_TILES if n * of_tile <= memory]
     return next((n for n in fitting if 8 * n >= shapes.rows_per_seq), fitting[-1])
 
 
-def pages_per_warp(key_bits: int, value_bits: int) -> int:
+def pages_per_warp(key: CodecSpec, value: CodecSpec, tiles: int) -> int:
     """Pages that a warp of attention_pages takes at once: as many as its registers hold."""
-    if 8 in (key_bits, value_bits):
-        return 1
-    return 4 if key_bits == value_bits == 2 else 2
+    widest = max(key.bits, value.bits)
+    pages = 1 if tiles > 1 or widest == 8 else 4 if widest == 2 else 2
+    return min(4, pages * 128 // key.head_dim)
 
 
 def window_rows(rows_of_a_sequence: int) -> int:

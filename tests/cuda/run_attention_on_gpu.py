@@ -147,7 +147,7 @@ def draw_variant(rng: np.random.Generator, pages: bool) -> dict[str, Any]:
             "query_len": query_len,
             "rotations": ["hadamard", str(rng.choice(["hadamard", "hadamard", "haar"]))],
             "ragged": query_len > 1 and bool(rng.integers(2)),
-            "head_dim": 128,
+            "head_dim": int(rng.choice([64, 128])),
             "k_bits": int(bits[0]),
             "v_bits": int(bits[rng.integers(2)]),
             "block_size": 16 if head_major else int(rng.choice([16, 32, 64])),

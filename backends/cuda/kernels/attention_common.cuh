@@ -171,38 +171,40 @@ __device__ __forceinline__ int sequence_of_token(const Args& a, int token) {
   return low;
 }
 
-// The work list of up to FEW_SEQUENCES sequences, written by a warp.
+// The work list of up to FEW_SEQUENCES sequences, written by a warp; fewer than 2^31 units in all.
 #define FEW_SEQUENCES 128
 __device__ __forceinline__ void write_short_plan(const Args& a, i64* plan, int lane) {
   const int each = (a.num_seqs + 31) / 32;  // consecutive sequences of a lane
   const int first = min(lane * each, a.num_seqs), last = min(first + each, a.num_seqs);
-  i64 units = 0, items = 0;
+  int units = 0, items = 0;
 #pragma unroll 1
   for (int s = first; s < last; s++) {  // what lies before s within this lane
     const Sequence q = sequence(a, s);
     const int tiles = num_tiles(a, q);
     plan[s] = units;
     plan[a.num_seqs + 1 + s] = items;
-    units += (i64)tiles * num_units(a, q);
+    units += tiles * num_units(a, q);
     items += tiles;
   }
-  i64 units_before = units, items_before = items;
-#pragma unroll
-  for (int k = 1; k < 32; k <<= 1) {
-    const i64 u = __shfl_up_sync(FULL_WARP, units_before, k), i = __shfl_up_sync(FULL_WARP, items_before, k);
+  int units_before = units, items_before = items;
+#pragma unroll 1
+  for (int k = 1; k < a.num_seqs && k < 32; k <<= 1) {
+    const int u = __shfl_up_sync(FULL_WARP, units_before, k), i = __shfl_up_sync(FULL_WARP, items_before, k);
     if (lane >= k) {
       units_before += u;
       items_before += i;
     }
   }
-  if (lane == 31) {
-    plan[a.num_seqs] = units_before;
-    plan[2 * a.num_seqs + 1] = items_before;
+  units_before -= units;
+  items_before -= items;
+  if (last == a.num_seqs && first < last) {  // the lane with the last sequence
+    plan[a.num_seqs] = units_before + units;
+    plan[2 * a.num_seqs + 1] = items_before + items;
   }
 #pragma unroll 1
   for (int s = first; s < last; s++) {
-    plan[s] += units_before - units;
-    plan[a.num_seqs + 1 + s] += items_before - items;
+    plan[s] += units_before;
+    plan[a.num_seqs + 1 + s] += items_before;
   }
   __syncwarp();
 }

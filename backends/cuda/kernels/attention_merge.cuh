@@ -17,16 +17,20 @@ struct MergeSpace {                // shared memory of a block
 
 // Where the parts of an output row are: `count` from `first` on, `stride` rows from one to the next.
 struct PartsOfRow {
-  i64 first;
-  int stride, count;
+  i64 row, first;
+  int stride, count, head;
+  bool exists;
 };
-__device__ __forceinline__ PartsOfRow parts_of_row(const Args& a, const i64* plan, int token, int head) {
+__device__ __forceinline__ PartsOfRow parts_of_row(const Args& a, const i64* plan, i64 row) {
+  const u32 heads = a.num_kv_heads * a.group;
+  const int token = (int)((u32)row / heads), head = (int)((u32)row % heads);
+  PartsOfRow p = {row, 0, a.num_kv_heads * a.tile_rows, 0, head, token < a.num_tokens};
+  if (!p.exists) return p;
   const int s = sequence_of_token(a, token);
   const i64 total = plan[a.num_seqs], before = plan[s], items = plan[a.num_seqs + 1 + s];
   const Sequence q = sequence(a, s);
   const u32 r = (u32)(token - q.first_token) * a.group + head % a.group;
   const u32 tile = r / a.tile_rows, tile_row = r % a.tile_rows, units = num_units(a, q);
-  PartsOfRow p = {0, a.num_kv_heads * a.tile_rows, 0};
   if (units > 0) {  // which ranges hold the first and the last unit of this item
     const u64 begin = before + (u64)tile * units, end = begin + units;
     const u32 ranges = (u32)(total < a.num_ranges ? total : a.num_ranges);
@@ -39,19 +43,17 @@ __device__ __forceinline__ PartsOfRow parts_of_row(const Args& a, const i64* pla
   return p;
 }
 
-// Rows of the warps of one block: the first warp of the block has row `first_row`.
-__device__ __forceinline__ void merge_rows(const Args& a, const i64* plan, i64 first_row, const Signs& signs,
+// The row of each warp of a block; a.merge_warps neighbours have the same.
+__device__ __forceinline__ void merge_rows(const Args& a, const PartsOfRow& parts, const Signs& signs,
                                            MergeSpace& space, int warp, int lane) {
-  const int heads = a.num_kv_heads * a.group, share = warp % a.merge_warps;
-  const i64 row = first_row + warp / a.merge_warps;
-  const bool exists = row < (i64)a.num_tokens * heads;
+  const int share = warp % a.merge_warps;
+  const i64 row = parts.row;
   float x[FOURS][4] = {}, top = NEVER, sum = 0.f;
-  if (exists) {
-    const int token = (int)(row / heads), head = (int)(row % heads);
-    const PartsOfRow parts = parts_of_row(a, plan, token, head);
+  if (parts.exists) {
     if (a.sinks && share == 0) {
-      top = fmaxf(top, a.sinks[(i64)head * a.sinks_step] * LOG2_E);
-      sum = exp2_approx(a.sinks[(i64)head * a.sinks_step] * LOG2_E - top);
+      const float sink = a.sinks[(i64)parts.head * a.sinks_step] * LOG2_E;
+      top = fmaxf(top, sink);
+      sum = exp2_approx(sink - top);
     }
     const int mine = (parts.count - share + a.merge_warps - 1) / a.merge_warps;
     for (int first = 0; first < mine; first += 32) {
@@ -133,7 +135,7 @@ __device__ __forceinline__ void merge_rows(const Args& a, const i64* plan, i64 f
       }
     }
   }
-  if (exists && share == 0) {
+  if (parts.exists && share == 0) {
     float of_other = 0.f;  // weight of the other part, which is not rotated
     if (a.other_out) {
       const float other = a.other_lse[row] * LOG2_E, next = fmaxf(top, other), down = exp2_approx(top - next);
@@ -169,5 +171,6 @@ extern "C" __global__ void __launch_bounds__(32 * MERGE_WARPS) attention_merge(c
   __shared__ MergeSpace space;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Signs signs = load_signs(a.v_signs, a.merged ? 0 : a.v_steps, lane);
-  merge_rows(a, a.plan, (i64)blockIdx.x * (MERGE_WARPS / a.merge_warps), signs, space, warp, lane);
+  const i64 row = (i64)blockIdx.x * (MERGE_WARPS / a.merge_warps) + warp / a.merge_warps;
+  merge_rows(a, parts_of_row(a, a.plan, row), signs, space, warp, lane);
 }

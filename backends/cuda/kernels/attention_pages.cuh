@@ -1,6 +1,5 @@
-// attention_pages: partial attention over token ranges for head_dim 128, codes of 2, 3, 4 or 8 bits
-// and pages that are contiguous in memory; compute capability 9.0 (9.0a with
-// ROW_TILES 4).
+// attention_pages: partial attention over token ranges for head_dim 64 and 128, codes of 2, 3, 4 or 8 bits
+// and pages that are contiguous in memory; compute capability 9.0, with ROW_TILES 4 9.0a.
 //
 //   S^T = K Q^T    (A = dequantised K: 16 tokens x 16 dims,   B = Q: 16 dims x 8 query rows)
 //   O^T = V^T P^T  (A = dequantised V^T: 16 dims x 16 tokens, B = P^T: 16 tokens x 8 query rows)
@@ -19,7 +18,7 @@
 // an address by one PRMT, and the table holds one copy of its float16 pairs for each bank, so reads
 // never conflict.  Byte value b: K pairs at 256 b, V pairs at 256 b + 128.
 //
-// Macros: KEY_BITS, VALUE_BITS, BLOCK_SIZE, HEADS (of a block), SHARES (8 / HEADS), SUB,
+// Macros: D, KEY_BITS, VALUE_BITS, BLOCK_SIZE, HEADS (of a block), SHARES (8 / HEADS), SUB,
 // HEAD_MAJOR (a page is [head][token], else [token][head]), UNIT = 16 SUB SHARES, NUM_SMEM (bytes),
 // ROW_TILES (1, 2 or 4), FUSED (up to FEW_SEQUENCES sequences, Hadamard rotations).
 #pragma once
@@ -66,17 +65,19 @@
 #define FITTING_STAGES ((NUM_SMEM - RING_AT) / STAGE_BYTES)
 #define STAGES (FITTING_STAGES > 24 ? 24 : FITTING_STAGES)
 #define VALUES_EARLY (KEY_BITS < 4 && VALUE_BITS < 4)  // read V codes together with K codes
-#define K_WORDS (D * KEY_BITS / 128)      // a quarter of a vector
-#define V_WORDS (VALUE_BITS == 3 ? 2 : D * VALUE_BITS / 256)  // an eighth
+#define PRODUCTS (D / 16)                 // of a tile of keys with a tile of rows; tiles of O
+#define LANE_DIMS (D / 8)                 // of a lane, where 8 lanes share a row
+#define K_WORDS ((D * KEY_BITS + 127) / 128)    // a quarter of a vector
+#define V_WORDS ((D * VALUE_BITS + 255) / 256)  // an eighth
 #define LAZY 5.f                          // raise the maximum only if exceeded by 2^5
 #define NORM_LIMIT 1024.f                 // 2^5 * 2^10 fits float16
 
-#define QUERY_IN_REGISTERS (ROW_TILES <= 2)
+#define QUERY_IN_REGISTERS (ROW_TILES <= 2)  // else read from shared memory each time
 
 // What a consumer warp keeps of the query rows of a tile.
 struct TileRows {
   union {
-    uint2 query[ROW_TILES][8][32];   // [8 rows][product][lane] fragments
+    uint2 query[ROW_TILES][PRODUCTS][32];   // [8 rows][product][lane] fragments
     u16 part[8 * ROW_TILES][D];      // at the end, of a share that is not the first
   };
   float2 scales[8 * ROW_TILES];      // of this part
@@ -86,7 +87,7 @@ struct TileRows {
 
 static_assert(sizeof(MergeSpace) <= CONSUMERS * sizeof(TileRows) && RING_AT % 128 == 0, "shared memory");
 static_assert(MERGE_WARPS == CONSUMERS, "merge_rows");
-static_assert(D == 128 && HEADS * SHARES == CONSUMERS && STAGES >= 2, "attention_pages");
+static_assert((D == 64 || D == 128) && HEADS * SHARES == CONSUMERS && STAGES >= 2, "attention_pages");
 
 // ---- dequantising; `bank` is the lane's offset within a table row
 
@@ -117,13 +118,13 @@ __device__ __forceinline__ void look_sixes(const u32 (&w)[WORDS], u32 (&out)[4 *
   }
 }
 
-// 32 dims of the tokens of rows g and g + 8 -> A fragments of 8 products.
+// A quarter of the tokens of rows g and g + 8 -> A fragments of all products.
 __device__ __forceinline__ void keys(const u32 (&lower)[K_WORDS], const u32 (&upper)[K_WORDS],
-                                     u32 (&a)[8][4], u32 bank) {
+                                     u32 (&a)[PRODUCTS][4], u32 bank) {
 #if KEY_BITS == 2
   // A byte holds a nibble of either token, so one read gives both rows.
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < K_WORDS; i++) {
     const u32 odd = (lower[i] & 0x0F0F0F0Fu) | (upper[i] << 4 & 0xF0F0F0F0u);
     const u32 even = (lower[i] >> 4 & 0x0F0F0F0Fu) | (upper[i] & 0xF0F0F0F0u);
 #pragma unroll
@@ -135,36 +136,34 @@ __device__ __forceinline__ void keys(const u32 (&lower)[K_WORDS], const u32 (&up
 #else
 #pragma unroll
   for (int e = 0; e < 2; e++) {
-    u32 pairs[16];
+    u32 pairs[LANE_DIMS];
     const u32(&w)[K_WORDS] = e ? upper : lower;
 #if KEY_BITS == 4
 #pragma unroll
-    for (int i = 0; i < 16; i++) pairs[i] = look32<0>(w[i / 4], i % 4, bank);
+    for (int i = 0; i < LANE_DIMS; i++) pairs[i] = look32<0>(w[i / 4], i % 4, bank);
 #elif KEY_BITS == 3
-    // First dim in the high bits: reverse the bytes, and dims run backwards in little-endian fields.
-    const u32 r[3] = {__byte_perm(w[2], 0, 0x0123), __byte_perm(w[1], 0, 0x0123), __byte_perm(w[0], 0, 0x0123)};
-    u32 backwards[16];
-    look_sixes<0, 4>(r, backwards, bank);
+    u32 backwards[LANE_DIMS];
+    look_sixes<0, LANE_DIMS / 4>(w, backwards, bank);
 #pragma unroll
-    for (int i = 0; i < 16; i++) pairs[i] = backwards[15 - i];
+    for (int i = 0; i < LANE_DIMS; i++) pairs[i] = backwards[LANE_DIMS - 1 - i];
 #else
 #pragma unroll
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < LANE_DIMS; i++)
       pairs[i] = low_halves(look32<0>(w[i / 2], i % 2 * 2, bank), look32<0>(w[i / 2], i % 2 * 2 + 1, bank));
 #endif
 #pragma unroll
-    for (int j = 0; j < 8; j++) a[j][e] = pairs[2 * j], a[j][2 + e] = pairs[2 * j + 1];
+    for (int j = 0; j < PRODUCTS; j++) a[j][e] = pairs[2 * j], a[j][2 + e] = pairs[2 * j + 1];
   }
 #endif
 }
 
-// 16 dims of two tokens -> for each dim the pair (first token, second token).  At 2 bits dims come
+// An eighth of two tokens -> for each dim the pair (first token, second token).  At 2 bits dims come
 // in the order 3, 1, 2, 0 of every four, since a register pair that a read fills must stay one.
 #define V_TABLE 128
-__device__ __forceinline__ void values(const u32 (&x)[V_WORDS], const u32 (&y)[V_WORDS], u32 (&out)[16], u32 bank) {
+__device__ __forceinline__ void values(const u32 (&x)[V_WORDS], const u32 (&y)[V_WORDS], u32 (&out)[LANE_DIMS], u32 bank) {
 #if VALUE_BITS == 4
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < V_WORDS; i++) {
     const u32 odd = (x[i] & 0x0F0F0F0Fu) | (y[i] << 4 & 0xF0F0F0F0u);
     const u32 even = (x[i] >> 4 & 0x0F0F0F0Fu) | (y[i] & 0xF0F0F0F0u);
 #pragma unroll
@@ -177,63 +176,82 @@ __device__ __forceinline__ void values(const u32 (&x)[V_WORDS], const u32 (&y)[V
   const u32 odd = (x[0] & 0x33333333u) | (y[0] & 0x33333333u) << 2;   // nibbles: dims 4k + 3, 4k + 1
   const u32 even = (x[0] >> 2 & 0x33333333u) | (y[0] & 0xCCCCCCCCu);  // dims 4k + 2, 4k
 #pragma unroll
-  for (int k = 0; k < 4; k++) {
+  for (int k = 0; k < LANE_DIMS / 4; k++) {
     const uint2 a = look64<V_TABLE>(odd, k, bank), b = look64<V_TABLE>(even, k, bank);
     out[4 * k] = a.x, out[4 * k + 1] = a.y, out[4 * k + 2] = b.x, out[4 * k + 3] = b.y;
   }
 #elif VALUE_BITS == 3
-  // x, y: 48 bits, reversed as in keys.  Even fields of x with the even ones of y, odd with odd.
+  // Even fields of x with the even ones of y, odd with odd.
   const u32 m0 = 0xC71C71C7u, m1 = 0x71C71C71u;
+#if V_WORDS == 2
   const u32 even[2] = {(x[0] & m0) | (y[0] << 3 & ~m0), (x[1] & m1) | (__funnelshift_l(y[0], y[1], 3) & ~m1)};
   const u32 odd[2] = {(__funnelshift_r(x[0], x[1], 3) & m0) | (y[0] & ~m0), (x[1] >> 3 & m1) | (y[1] & ~m1)};
-  u32 a[8], b[8];
-  look_sixes<V_TABLE, 2>(even, a, bank);
-  look_sixes<V_TABLE, 2>(odd, b, bank);
+#else
+  const u32 even[1] = {(x[0] & m0) | (y[0] << 3 & ~m0)}, odd[1] = {(x[0] >> 3 & m0) | (y[0] & ~m0)};
+#endif
+  u32 a[LANE_DIMS / 2], b[LANE_DIMS / 2];
+  look_sixes<V_TABLE, LANE_DIMS / 8>(even, a, bank);
+  look_sixes<V_TABLE, LANE_DIMS / 8>(odd, b, bank);
 #pragma unroll
-  for (int k = 0; k < 8; k++) out[15 - 2 * k] = a[k], out[14 - 2 * k] = b[k];
+  for (int k = 0; k < LANE_DIMS / 2; k++)
+    out[LANE_DIMS - 1 - 2 * k] = a[k], out[LANE_DIMS - 2 - 2 * k] = b[k];
 #else
 #pragma unroll
-  for (int i = 0; i < 16; i++)
+  for (int i = 0; i < LANE_DIMS; i++)
     out[i] = low_halves(look32<V_TABLE>(x[i / 4], i % 4, bank), look32<V_TABLE>(y[i / 4], i % 4, bank));
 #endif
 }
 
-__device__ __forceinline__ void read_keys(u32 (&w)[K_WORDS], u32 at) {
-#if KEY_BITS == 2
-  const uint2 x = ring64(at);
-  w[0] = x.x, w[1] = x.y;
-#elif KEY_BITS == 3
-  w[0] = ring32(at), w[1] = ring32(at + 4), w[2] = ring32(at + 8);
-#else
+template <int WORDS> __device__ __forceinline__ void read_words(u32 (&w)[WORDS], u32 at) {
+  if (WORDS == 1) {
+    w[0] = ring32(at);
+  } else if (WORDS == 2) {
+    const uint2 x = ring64(at);
+    w[0] = x.x, w[WORDS > 1] = x.y;
+  } else {
 #pragma unroll
-  for (int i = 0; i < K_WORDS; i += 4) {
-    const uint4 x = ring128(at + 4 * i);
-    w[i] = x.x, w[i + 1] = x.y, w[i + 2] = x.z, w[i + 3] = x.w;
+    for (int i = 0; i + 3 < WORDS; i += 4) {
+      const uint4 x = ring128(at + 4 * i);
+      w[i] = x.x, w[i + 1] = x.y, w[i + 2] = x.z, w[i + 3] = x.w;
+    }
   }
-#endif
 }
-// `at` is the word that holds the first byte; at 3 bits that is its third byte if `odd`.
-__device__ __forceinline__ void read_values(u32 (&w)[V_WORDS], u32 at, u32 odd) {
-#if VALUE_BITS == 2
-  w[0] = ring32(at);
-#elif VALUE_BITS == 3  // six bytes from an even address, reversed
-  const u32 x = ring32(at), y = ring32(at + 4);
-  w[0] = __byte_perm(x, y, odd ? 0x4567 : 0x2345);
-  w[1] = __byte_perm(x, y, odd ? 0x0023 : 0x0001);  // the upper half is not used
-#elif VALUE_BITS == 4
-  const uint2 x = ring64(at);
-  w[0] = x.x, w[1] = x.y;
-#else
-  const uint4 x = ring128(at);
-  w[0] = x.x, w[1] = x.y, w[2] = x.z, w[3] = x.w;
-#endif
+// At 3 bits the bytes are reversed: dims then run backwards in little-endian fields of 3 bits.  A
+// run of 3, 6 or 12 bytes begins at byte `shift` of the word at `at`; what is behind it is not used.
+template <int WORDS> __device__ __forceinline__ void read_threes(u32 (&w)[WORDS], u32 at, u32 shift) {
+  if (WORDS == 3) {
+    w[0] = __byte_perm(ring32(at + 8), 0, 0x0123);
+    w[WORDS > 1] = __byte_perm(ring32(at + 4), 0, 0x0123);
+    w[WORDS > 2 ? 2 : 0] = __byte_perm(ring32(at), 0, 0x0123);
+  } else {
+    const u32 x = ring32(at), y = ring32(at + 4);
+    if (WORDS == 2) {  // from an even byte
+      w[0] = __byte_perm(x, y, shift ? 0x4567 : 0x2345);
+      w[WORDS > 1] = __byte_perm(x, y, shift ? 0x0023 : 0x0001);
+    } else {
+      w[0] = __byte_perm(x, y, 0x0012 + 0x0111 * shift);
+    }
+  }
+}
+#define KEY_RUN (K_VECTOR / 4)  // bytes
+#define VALUE_RUN (V_VECTOR / 8)
+__device__ __forceinline__ void read_keys(u32 (&w)[K_WORDS], u32 at, u32 shift) {
+  if (KEY_BITS == 3) read_threes(w, at, shift);
+  else read_words(w, at);
+}
+__device__ __forceinline__ void read_values(u32 (&w)[V_WORDS], u32 at, u32 shift) {
+  if (VALUE_BITS == 3) read_threes(w, at, shift);
+  else read_words(w, at);
+  if (VALUE_RUN == 2) w[0] >>= 8 * shift;
 }
 
 // Token of row r of a product, chosen so that reads of V from the ring do not conflict.
 __device__ __forceinline__ int token_of_row(int r) {
-#if HEAD_MAJOR && VALUE_BITS == 4
+#if HEAD_MAJOR && VALUE_BITS == 4 && D == 128
   return r ^ (r >> 1 & 1);
-#elif HEAD_MAJOR && VALUE_BITS == 2
+#elif HEAD_MAJOR && VALUE_BITS == 4
+  return r >> 1 | (r & 1) << 2;
+#elif HEAD_MAJOR && VALUE_BITS == 2 && D == 128
   return 0x53427160u >> 4 * r & 7;
 #else
   return r;
@@ -241,6 +259,7 @@ __device__ __forceinline__ int token_of_row(int r) {
 }
 
 __device__ __forceinline__ void fill_tables(const Args& a, int tid) {
+#pragma unroll 8
   for (int i = tid; i < TABLE_BYTES / 16; i += 32 * CONSUMERS) {
     const int byte = i >> 4 & 255;
     const bool value = i & 8, upper = i >= 4096;
@@ -322,15 +341,19 @@ __device__ __forceinline__ void unpack_halves(uint4 x, float* v) {
 #pragma unroll
   for (int k = 0; k < 8; k++) v[k] = half_to_float((u16)(w[k / 2] >> k % 2 * 16));
 }
+__device__ __forceinline__ void store_words(uint4* to, const u32 (&w)[PRODUCTS]) {
+#pragma unroll
+  for (int k = 0; k < PRODUCTS / 4; k++) to[k] = make_uint4(w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]);
+}
 #if SHARES > 1
 // Combine the part of the first share, in global memory, with those of the others, shares[1 ..].
 __device__ __forceinline__ void add_shares(const Args& a, i64 part, int count, const TileRows* shares, int lane) {
-  for (int first = 0; first < count; first += 4) {  // 8 lanes a row, 16 dims a lane
+  for (int first = 0; first < count; first += 4) {  // 8 lanes a row
     const int r = min(first + (lane >> 3), count - 1);
     const i64 row = part * a.tile_rows + r;
-    u16* to = a.parts + row * D + 16 * (lane & 7);
+    u16* to = a.parts + row * D + LANE_DIMS * (lane & 7);
     float2 scale[SHARES];
-    float top = NEVER, most = 0.f, total = 0.f, v[16] = {};
+    float top = NEVER, most = 0.f, total = 0.f, v[LANE_DIMS] = {};
 #pragma unroll
     for (int s = 0; s < SHARES; s++) {
       scale[s] = s ? shares[s].scales[r] : a.part_scales[row];
@@ -342,22 +365,21 @@ __device__ __forceinline__ void add_shares(const Args& a, i64 part, int count, c
 #pragma unroll
     for (int s = 0; s < SHARES; s++) {
       const float weight = exp2_approx(scale[s].x - top), factor = most > 0.f ? weight * (scale[s].y / most) : 0.f;
-      const uint4* from = (const uint4*)(s ? shares[s].part[r] + 16 * (lane & 7) : to);
-      float x[16];
-      unpack_halves(from[0], x);
-      unpack_halves(from[1], x + 8);
+      const uint4* from = (const uint4*)(s ? shares[s].part[r] + LANE_DIMS * (lane & 7) : to);
+      float x[LANE_DIMS];
 #pragma unroll
-      for (int k = 0; k < 16; k++) v[k] = fmaf(factor, x[k], v[k]);
+      for (int k = 0; k < LANE_DIMS / 8; k++) unpack_halves(from[k], x + 8 * k);
+#pragma unroll
+      for (int k = 0; k < LANE_DIMS; k++) v[k] = fmaf(factor, x[k], v[k]);
       total += weight;
     }
     const float inverse = total > 0.f ? 1.f / total : 0.f;
-    u32 w[8];
+    u32 w[PRODUCTS];
 #pragma unroll
-    for (int k = 0; k < 8; k++) w[k] = pack_half2(v[2 * k] * inverse, v[2 * k + 1] * inverse);
+    for (int k = 0; k < PRODUCTS; k++) w[k] = pack_half2(v[2 * k] * inverse, v[2 * k + 1] * inverse);
     __syncwarp();  // all have read what is overwritten
     if (first + (lane >> 3) < count) {
-      ((uint4*)to)[0] = make_uint4(w[0], w[1], w[2], w[3]);
-      ((uint4*)to)[1] = make_uint4(w[4], w[5], w[6], w[7]);
+      store_words((uint4*)to, w);
       if ((lane & 7) == 0)
         a.part_scales[row] = make_float2(total > 0.f ? top + log2_approx(total) : __uint_as_float(0xff800000u), most);
     }
@@ -365,21 +387,21 @@ __device__ __forceinline__ void add_shares(const Args& a, i64 part, int count, c
 }
 #endif
 
-// 16 dims of a row, from 16 (lane % 8) on, to the fragments of row r of 8.
-__device__ __forceinline__ void put_fragments(uint2 (&query)[8][32], const float (&v)[16], int r, int lane) {
-  const int c = (lane & 7) >> 1, product = (lane & 1) * 4;
+// Dims of a row, from LANE_DIMS (lane % 8) on, to the fragments of row r of 8.
+__device__ __forceinline__ void put_fragments(uint2 (&query)[PRODUCTS][32], const float (&v)[LANE_DIMS], int r, int lane) {
+  const int c = (lane & 7) >> 1, product = (lane & 1) * (LANE_DIMS / 4);
 #pragma unroll
-  for (int k = 0; k < 4; k++)
+  for (int k = 0; k < LANE_DIMS / 4; k++)
     query[product + k][4 * r + c] =
         make_uint2(pack_half2(v[4 * k], v[4 * k + 1]), pack_half2(v[4 * k + 2], v[4 * k + 3]));
 }
 
 #if FUSED
-// 16 dims of a row of the query, 16 bytes at a time.
-__device__ __forceinline__ void load_sixteen(const Args& a, i64 at, float (&v)[16]) {
+// Dims of a row of the query, 16 bytes at a time.
+__device__ __forceinline__ void load_dims(const Args& a, i64 at, float (&v)[LANE_DIMS]) {
   if (a.query_dtype == FLOAT32) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < LANE_DIMS / 4; i++) {
       const uint4 x = ((const uint4*)((const float*)a.query + at))[i];
       v[4 * i] = __uint_as_float(x.x), v[4 * i + 1] = __uint_as_float(x.y);
       v[4 * i + 2] = __uint_as_float(x.z), v[4 * i + 3] = __uint_as_float(x.w);
@@ -387,7 +409,7 @@ __device__ __forceinline__ void load_sixteen(const Args& a, i64 at, float (&v)[1
     return;
   }
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < LANE_DIMS / 8; i++) {
     const uint4 x = ((const uint4*)((const u16*)a.query + at))[i];
     if (a.query_dtype == FLOAT16) {
       unpack_halves(x, v + 8 * i);
@@ -398,37 +420,43 @@ __device__ __forceinline__ void load_sixteen(const Args& a, i64 at, float (&v)[1
     }
   }
 }
-// Rotate four rows from row `first` of a tile on: 8 lanes a row, 16 dims a lane.
-__device__ __forceinline__ void rotate_rows(const Args& a, const Segment& segment, const Rows& rows, int kv_head,
-                                            TileRows& to, int first, int lane) {
-  const int part = lane & 7, r = first + (lane >> 3), heads = a.num_kv_heads * a.group;
-  auto signs = [&](int step) { return a.k_signs[step * SIGN_WORDS + part / 2] >> 16 * (part & 1) & 0xffff; };
-  u64 early = 0;  // 16 bits a step
+// Signs of LANE_DIMS dims in a step of the keys' rotation, set = negative.
+__device__ __forceinline__ u32 key_signs(const Args& a, int step, int part) {
+  return a.k_signs[step * SIGN_WORDS + LANE_DIMS * part / 32] >> LANE_DIMS * part % 32 & ((1u << LANE_DIMS) - 1);
+}
+__device__ __forceinline__ u64 early_key_signs(const Args& a, int part) {
+  u64 early = 0;  // LANE_DIMS bits a step
 #pragma unroll
   for (int k = 0; k < EARLY_STEPS; k++)
-    if (k < a.k_steps) early |= (u64)signs(k) << 16 * k;
+    if (k < a.k_steps) early |= (u64)key_signs(a, k, part) << LANE_DIMS * k;
+  return early;
+}
+// Rotate four rows from row `first` of a tile on, 8 lanes each.
+__device__ __forceinline__ void rotate_rows(const Args& a, const Segment& segment, const Rows& rows, int kv_head,
+                                            TileRows& to, int first, int lane, u64 early) {
+  const int part = lane & 7, r = first + (lane >> 3), heads = a.num_kv_heads * a.group;
   const u32 row = (u32)query_row(a, segment, rows, r < rows.count ? r : 0, kv_head);
-  float v[16];
-  load_sixteen(a, row / heads * a.q_token_stride + row % heads * a.q_head_stride + 16 * part, v);
+  float v[LANE_DIMS];
+  load_dims(a, row / heads * a.q_token_stride + row % heads * a.q_head_stride + LANE_DIMS * part, v);
   float shift = 0.f;
   if (a.key_offset) {
-    const float* o = offset_of(a, segment.s, kv_head) + 16 * part;
+    const float* o = offset_of(a, segment.s, kv_head) + LANE_DIMS * part;
 #pragma unroll
-    for (int i = 0; i < 16; i++) shift = fmaf(v[i], o[i], shift);
+    for (int i = 0; i < LANE_DIMS; i++) shift = fmaf(v[i], o[i], shift);
   }
 #pragma unroll
   for (int k = 1; k < 8; k <<= 1) shift += __shfl_xor_sync(FULL_WARP, shift, k);
   if (part == 0) to.shifts[r] = shift * a.offset_factor;
+  const float gain = rsqrtf((float)D);
 #pragma unroll 1
   for (int step = 0; step < a.k_steps; step++) {
-    const u32 bits = step < EARLY_STEPS ? (u32)(early >> 16 * step) : signs(step);
-    const float gain = 0.08838834764831845f;  // 1 / sqrt(D)
+    const u32 bits = step < EARLY_STEPS ? (u32)(early >> LANE_DIMS * step) : key_signs(a, step, part);
 #pragma unroll
-    for (int i = 0; i < 16; i++) v[i] *= bits >> i & 1 ? -gain : gain;
+    for (int i = 0; i < LANE_DIMS; i++) v[i] *= bits >> i & 1 ? -gain : gain;
 #pragma unroll
-    for (int h = 1; h < 16; h *= 2)
+    for (int h = 1; h < LANE_DIMS; h *= 2)
 #pragma unroll
-      for (int i = 0; i < 16; i++)
+      for (int i = 0; i < LANE_DIMS; i++)
         if (!(i & h)) {
           const float y = v[i], z = v[i + h];
           v[i] = y + z;
@@ -438,16 +466,16 @@ __device__ __forceinline__ void rotate_rows(const Args& a, const Segment& segmen
     for (int h = 1; h < 8; h *= 2) {
       const float sign = part & h ? -1.f : 1.f;
 #pragma unroll
-      for (int i = 0; i < 16; i++) v[i] = fmaf(v[i], sign, __shfl_xor_sync(FULL_WARP, v[i], h));
+      for (int i = 0; i < LANE_DIMS; i++) v[i] = fmaf(v[i], sign, __shfl_xor_sync(FULL_WARP, v[i], h));
     }
   }
   float largest = 0.f;
 #pragma unroll
-  for (int i = 0; i < 16; i++) largest = fmaxf(largest, fabsf(v[i]));
+  for (int i = 0; i < LANE_DIMS; i++) largest = fmaxf(largest, fabsf(v[i]));
   const PowerOfTwo up = power_below(warp_max(r < rows.count ? largest : 0.f));
   if (lane == 0) to.factors[first / 4] = a.score_factor / up.first / up.second;
 #pragma unroll
-  for (int i = 0; i < 16; i++) v[i] = r < rows.count ? up.times(v[i]) : 0.f;
+  for (int i = 0; i < LANE_DIMS; i++) v[i] = r < rows.count ? up.times(v[i]) : 0.f;
   put_fragments(to.query[first / 8], v, r & 7, lane);
 }
 #endif
@@ -461,28 +489,28 @@ __device__ __forceinline__ void load_rows(const Args& a, const Segment& segment,
   const float largest = warp_max(factor.x);  // powers of two times a constant: the ratio is exact
   if (lane == 0) to.factors[first / 4] = largest;
   const float ratio = largest > 0.f ? factor.x / largest : 0.f;
-  const uint4* from = (const uint4*)(a.q_rows + row * Q_PITCH + 16 * (lane & 7));
-  float v[16];
-  unpack_halves(from[0], v);
-  unpack_halves(from[1], v + 8);
+  const uint4* from = (const uint4*)(a.q_rows + row * Q_PITCH + LANE_DIMS * (lane & 7));
+  float v[LANE_DIMS];
 #pragma unroll
-  for (int i = 0; i < 16; i++) v[i] *= ratio;
+  for (int i = 0; i < LANE_DIMS / 8; i++) unpack_halves(from[i], v + 8 * i);
+#pragma unroll
+  for (int i = 0; i < LANE_DIMS; i++) v[i] *= ratio;
   put_fragments(to.query[first / 8], v, r & 7, lane);
 }
 // All rows of a tile to shared memory, with one factor of the scores, which is returned.
 __device__ __forceinline__ float stage_rows(const Args& a, const Segment& segment, const Rows& rows, int kv_head,
-                                            TileRows& to, int lane) {
+                                            TileRows& to, int lane, u64 early) {
   __syncwarp();  // those of the segment before are read
 #pragma unroll 1
   for (int first = 0; first < 8 * ROW_TILES; first += 4) {
     if (first < rows.count) {
 #if FUSED
-      rotate_rows(a, segment, rows, kv_head, to, first, lane);
+      rotate_rows(a, segment, rows, kv_head, to, first, lane, early);
 #else
       load_rows(a, segment, rows, kv_head, to, first, lane);
 #endif
     } else {
-      const float zeros[16] = {};
+      const float zeros[LANE_DIMS] = {};
       put_fragments(to.query[first / 8], zeros, (first & 7) + (lane >> 3), lane);
       if (lane == 0) to.factors[first / 4] = 0.f;
     }
@@ -496,7 +524,7 @@ __device__ __forceinline__ float stage_rows(const Args& a, const Segment& segmen
     const float own = to.factors[2 * tile + (lane >> 4)], ratio = own > 0.f ? own / factor : 1.f;
     if (!__any_sync(FULL_WARP, ratio != 1.f)) continue;
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
+    for (int j = 0; j < PRODUCTS; j++) {
       uint2& x = to.query[tile][j][lane];
       x = make_uint2(pack_half2(half_to_float((u16)x.x) * ratio, half_to_float((u16)(x.x >> 16)) * ratio),
                      pack_half2(half_to_float((u16)x.y) * ratio, half_to_float((u16)(x.y >> 16)) * ratio));
@@ -506,7 +534,7 @@ __device__ __forceinline__ float stage_rows(const Args& a, const Segment& segmen
   return factor;
 }
 
-__device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem, int lane, int warp) {
+__device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem, int lane, int warp, u64 early) {
   const u32 full = smem + BARRIERS_AT, empty = full + 8 * STAGES;
   const int g = lane >> 2, c = lane & 3, head = warp / SHARES, share = warp % SHARES;
   const int kv_head = blockIdx.y * HEADS + head;
@@ -514,11 +542,11 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
   const u32 v_bank = VALUE_BITS == 2 ? (lane & 15) * 8 : lane * 4;
   const int row_token = token_of_row(g);
   const u32 ring = smem + RING_AT + share * SUB * PAGE_BYTES;
-  const u32 k_at = ring + row_token * K_TOKEN + head * K_HEAD + c * (K_VECTOR / 4);
+  const u32 k_at = ring + row_token * K_TOKEN + head * K_HEAD + (c * KEY_RUN & ~3);
   const u32 n_at = ring + AT_KN + row_token * N_TOKEN + head * N_HEAD;
-  const u32 v_base = ring + AT_V + head * V_HEAD + (g * (V_VECTOR / 8) & ~3);
+  const u32 v_base = ring + AT_V + head * V_HEAD + (g * VALUE_RUN & ~3);
   const u32 v_at[2] = {v_base + token_of_row(2 * c) * V_TOKEN, v_base + token_of_row(2 * c + 1) * V_TOKEN};
-  const u32 odd = g & 1;
+  const u32 k_shift = c * KEY_RUN & 3, v_shift = g * VALUE_RUN & 3;
   TileRows& mine = ((TileRows*)(dynamic_shared() + ROWS_AT))[warp];
 
   u32 stage = 0, phase = 0;
@@ -527,15 +555,15 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
 #pragma unroll 1
   while (next_segment(a, walk, segment)) {
     const Rows rows = rows_of(a, segment);
-    const float q_factor = stage_rows(a, segment, rows, kv_head, mine, lane);
+    const float q_factor = stage_rows(a, segment, rows, kv_head, mine, lane, early);
 #if QUERY_IN_REGISTERS
-    uint2 qb[ROW_TILES][8];
+    uint2 qb[ROW_TILES][PRODUCTS];
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
-      for (int j = 0; j < 8; j++) qb[n][j] = mine.query[n][j][lane];
+      for (int j = 0; j < PRODUCTS; j++) qb[n][j] = mine.query[n][j][lane];
 #endif
-    float o[ROW_TILES][8][4], top[ROW_TILES][2], sum[ROW_TILES][2];
+    float o[ROW_TILES][PRODUCTS][4], top[ROW_TILES][2], sum[ROW_TILES][2];
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
@@ -544,7 +572,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
-      for (int i = 0; i < 8; i++) o[n][i][0] = o[n][i][1] = o[n][i][2] = o[n][i][3] = 0.f;
+      for (int i = 0; i < PRODUCTS; i++) o[n][i][0] = o[n][i][1] = o[n][i][2] = o[n][i][3] = 0.f;
 
 #pragma unroll 1
     for (int u = segment.begin; u < segment.begin + segment.count; u++) {
@@ -556,7 +584,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
     auto read_v = [&](int p) {
       const u32 page = at + p * PAGE_BYTES;
 #pragma unroll
-      for (int e = 0; e < 4; e++) read_values(vw[p][e], v_at[e & 1] + page + (e >> 1) * 8 * V_TOKEN, odd);
+      for (int e = 0; e < 4; e++) read_values(vw[p][e], v_at[e & 1] + page + (e >> 1) * 8 * V_TOKEN, v_shift);
     };
     auto release = [&] {  // all reads of this stage are done
       __syncwarp();
@@ -567,7 +595,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
       const u32 page = at + p * PAGE_BYTES;
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        read_keys(kw[p][e], k_at + page + e * 8 * K_TOKEN);
+        read_keys(kw[p][e], k_at + page + e * 8 * K_TOKEN, k_shift);
         kn[p][e] = __uint_as_float(ring32(n_at + page + e * 8 * N_TOKEN));
         vn[p][e] = __uint_as_float(ring32(n_at + page + e * 8 * N_TOKEN + NORM_PAGE));
       }
@@ -579,14 +607,14 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
     }
 #pragma unroll
     for (int p = 0; p < SUB; p++) {
-      u32 f[8][4];
+      u32 f[PRODUCTS][4];
       keys(kw[p][0], kw[p][1], f, k_bank);
 #if ROW_TILES == 1
       float z[4];  // two chains of products
       mma_zero(x[p][0], f[0], qb[0][0]);
       mma_zero(z, f[1], qb[0][1]);
 #pragma unroll
-      for (int j = 2; j < 8; j += 2) {
+      for (int j = 2; j < PRODUCTS; j += 2) {
         mma(x[p][0], f[j], qb[0][j]);
         mma(z, f[j + 1], qb[0][j + 1]);
       }
@@ -594,7 +622,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
       for (int k = 0; k < 4; k++) x[p][0][k] += z[k];
 #else
 #pragma unroll
-      for (int j = 0; j < 8; j++)
+      for (int j = 0; j < PRODUCTS; j++)
 #pragma unroll
         for (int n = 0; n < ROW_TILES; n++) {
 #if QUERY_IN_REGISTERS
@@ -680,7 +708,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
           top[n][e] = now;
           sum[n][e] *= down;
 #pragma unroll
-          for (int i = 0; i < 8; i++) {
+          for (int i = 0; i < PRODUCTS; i++) {
             o[n][i][e] *= down * change;
             o[n][i][2 + e] *= down * change;
           }
@@ -707,11 +735,11 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
         }
         b[n] = make_uint2(w[0], w[1]);
       }
-      u32 lower[16], upper[16];
+      u32 lower[LANE_DIMS], upper[LANE_DIMS];
       values(vw[p][0], vw[p][1], lower, v_bank);
       values(vw[p][2], vw[p][3], upper, v_bank);
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
+      for (int i = 0; i < PRODUCTS; i++) {
         const u32 f[4] = {lower[2 * i], lower[2 * i + 1], upper[2 * i], upper[2 * i + 1]};
 #pragma unroll
         for (int n = 0; n < ROW_TILES; n++) mma(o[n][i], f, b[n]);
@@ -720,7 +748,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
     if (++stage == STAGES) stage = 0, phase ^= 1;
     }
 
-    // Write the part.  Lane (g, c) has dims 16 g .. 16 g + 15 of rows 8 n + 2 c, 8 n + 2 c + 1.
+    // Write the part.  Lane (g, c) has dims LANE_DIMS g and on of rows 8 n + 2 c, 8 n + 2 c + 1.
     const i64 part = segment.slot * a.num_kv_heads + kv_head;
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++)
@@ -732,9 +760,9 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
         const float2 scale = make_float2(
             sum[n][e] > 0.f ? top[n][e] + log2_approx(sum[n][e]) + mine.shifts[r] : __uint_as_float(0xff800000u),
             1.f / up);
-        u32 w[8];
+        u32 w[PRODUCTS];
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < PRODUCTS; i++) {
 #if VALUE_BITS == 2
           const float first = i % 2 ? o[n][i][e] : o[n][i + 1][2 + e], second = i % 2 ? o[n][i - 1][e] : o[n][i][2 + e];
 #else
@@ -745,9 +773,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
         const bool here = SHARES > 1 && share > 0;
         if (r < rows.count) {
           const i64 row = part * a.tile_rows + r;
-          uint4* to = (uint4*)((here ? mine.part[r] : a.parts + row * D) + 16 * g);
-          to[0] = make_uint4(w[0], w[1], w[2], w[3]);
-          to[1] = make_uint4(w[4], w[5], w[6], w[7]);
+          store_words((uint4*)((here ? mine.part[r] : a.parts + row * D) + LANE_DIMS * g), w);
           if (g == 0) *(here ? mine.scales + r : a.part_scales + row) = scale;
         }
       }
@@ -781,19 +807,30 @@ extern "C" __global__ void __launch_bounds__(PAGES_THREADS, 1) attention_pages(c
     produce(a, plan, smem, lane);
   } else {
     if (REGISTERS_MOVED) take_registers<224>();  // with 4 warps of 56 as many as 12 warps of 168
+#if FUSED
+    const u64 early = early_key_signs(a, lane & 7);
+#else
+    const u64 early = 0;
+#endif
     fill_tables(a, tid);
     named_barrier(MERGE_BARRIER, WORKING_THREADS);
-    consume(a, plan, smem, lane, warp);
+    consume(a, plan, smem, lane, warp, early);
 #if FUSED
     const Signs signs = load_signs(a.v_signs, a.v_steps, lane);
     const u32 block = blockIdx.y * gridDim.x + blockIdx.x, blocks = gridDim.x * gridDim.y;
+    const i64 all = (i64)a.num_tokens * a.num_kv_heads * a.group;
+    const int at_once = MERGE_WARPS / a.merge_warps;
+    i64 row = (i64)block * at_once;
+    PartsOfRow parts = parts_of_row(a, plan, row + warp / a.merge_warps);
     named_barrier(MERGE_BARRIER, 32 * CONSUMERS);
     if (tid == 0) grid_barrier(a.barrier, block, blocks);
     named_barrier(MERGE_BARRIER, 32 * CONSUMERS);
     MergeSpace& space = *(MergeSpace*)(dynamic_shared() + ROWS_AT);
-    const int at_once = MERGE_WARPS / a.merge_warps;
-    for (i64 row = (i64)block * at_once; row < (i64)a.num_tokens * a.num_kv_heads * a.group; row += (i64)blocks * at_once)
-      merge_rows(a, plan, row, signs, space, warp, lane);
+    while (row < all) {
+      merge_rows(a, parts, signs, space, warp, lane);
+      row += (i64)blocks * at_once;
+      parts = parts_of_row(a, plan, row + warp / a.merge_warps);
+    }
 #endif
   }
 }

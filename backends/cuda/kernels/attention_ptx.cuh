@@ -116,17 +116,16 @@ template <int COUNT> __device__ __forceinline__ void take_registers() {
 
 // ---- all blocks of a launch, which run at the same time
 
-// One thread of each block: what any block wrote before, all may read behind it.  The top bit of
+// One thread of each block, between two barriers of its block: what any block wrote before, all may
+// read behind it.  The top bit of
 // the counter changes when the last block comes; its other bits are zero then.
 __device__ __forceinline__ void grid_barrier(u32* counter, u32 block, u32 blocks) {
-  __threadfence();
   u32 before, now;
   asm volatile("atom.add.release.gpu.u32 %0, [%1], %2;"
                : "=r"(before) : "l"(counter), "r"(block ? 1 : 0x80000000u - (blocks - 1)) : "memory");
   do {
     asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
   } while (!((before ^ now) & 0x80000000u));
-  __threadfence();
 }
 // A load that does not look into the L1 cache.
 __device__ __forceinline__ uint2 load_shared_by_blocks(const uint2* p) {
