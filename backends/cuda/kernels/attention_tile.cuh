@@ -1,0 +1,216 @@
+// The query rows of a tile in attention_pages: rotated or loaded, made into fragments; and what the
+// warps that share a head make of their partial results.
+#pragma once
+#include "attention_page.cuh"
+#include "attention_rows.cuh"
+
+#define QUERY_IN_REGISTERS (ROW_TILES <= 2)  // else read from shared memory each time
+
+// What a consumer warp keeps of the query rows of a tile.
+struct TileRows {
+  union {
+    uint2 query[ROW_TILES][PRODUCTS][32];   // [8 rows][product][lane] fragments
+    u16 part[8 * ROW_TILES][D];      // at the end, of a share that is not the first
+  };
+  float2 scales[8 * ROW_TILES];      // of this part
+  float shifts[8 * ROW_TILES];       // what the key offset adds to the scores
+  float factors[8];                  // of the scores, for each 4 rows
+};
+
+__device__ __forceinline__ void unpack_halves(uint4 x, float* v) {
+  const u32 w[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int k = 0; k < 8; k++) v[k] = half_to_float((u16)(w[k / 2] >> k % 2 * 16));
+}
+__device__ __forceinline__ void store_words(uint4* to, const u32 (&w)[PRODUCTS]) {
+#pragma unroll
+  for (int k = 0; k < PRODUCTS / 4; k++) to[k] = make_uint4(w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]);
+}
+#if SHARES > 1
+// Combine the part of the first share, in global memory, with those of the others, shares[1 ..].
+__device__ __forceinline__ void add_shares(const Args& a, i64 part, int count, const TileRows* shares, int lane) {
+  for (int first = 0; first < count; first += 4) {  // 8 lanes a row
+    const int r = min(first + (lane >> 3), count - 1);
+    const i64 row = part * a.tile_rows + r;
+    u16* to = a.parts + row * D + LANE_DIMS * (lane & 7);
+    float2 scale[SHARES];
+    float top = NEVER, most = 0.f, total = 0.f, v[LANE_DIMS] = {};
+#pragma unroll
+    for (int s = 0; s < SHARES; s++) {
+      scale[s] = s ? shares[s].scales[r] : a.part_scales[row];
+      top = fmaxf(top, scale[s].x);
+    }
+#pragma unroll
+    for (int s = 0; s < SHARES; s++)
+      if (scale[s].x > NEVER) most = fmaxf(most, scale[s].y);
+#pragma unroll
+    for (int s = 0; s < SHARES; s++) {
+      const float weight = exp2_approx(scale[s].x - top), factor = most > 0.f ? weight * (scale[s].y / most) : 0.f;
+      const uint4* from = (const uint4*)(s ? shares[s].part[r] + LANE_DIMS * (lane & 7) : to);
+      float x[LANE_DIMS];
+#pragma unroll
+      for (int k = 0; k < LANE_DIMS / 8; k++) unpack_halves(from[k], x + 8 * k);
+#pragma unroll
+      for (int k = 0; k < LANE_DIMS; k++) v[k] = fmaf(factor, x[k], v[k]);
+      total += weight;
+    }
+    const float inverse = total > 0.f ? 1.f / total : 0.f;
+    u32 w[PRODUCTS];
+#pragma unroll
+    for (int k = 0; k < PRODUCTS; k++) w[k] = pack_half2(v[2 * k] * inverse, v[2 * k + 1] * inverse);
+    __syncwarp();  // all have read what is overwritten
+    if (first + (lane >> 3) < count) {
+      store_words((uint4*)to, w);
+      if ((lane & 7) == 0)
+        a.part_scales[row] = make_float2(total > 0.f ? top + log2_approx(total) : __uint_as_float(0xff800000u), most);
+    }
+  }
+}
+#endif
+
+// Dims of a row, from LANE_DIMS (lane % 8) on, to the fragments of row r of 8.
+__device__ __forceinline__ void put_fragments(uint2 (&query)[PRODUCTS][32], const float (&v)[LANE_DIMS], int r, int lane) {
+  const int c = (lane & 7) >> 1, product = (lane & 1) * (LANE_DIMS / 4);
+#pragma unroll
+  for (int k = 0; k < LANE_DIMS / 4; k++)
+    query[product + k][4 * r + c] =
+        make_uint2(pack_half2(v[4 * k], v[4 * k + 1]), pack_half2(v[4 * k + 2], v[4 * k + 3]));
+}
+
+#if FUSED
+// Dims of a row of the query, 16 bytes at a time.
+__device__ __forceinline__ void load_dims(const Args& a, i64 at, float (&v)[LANE_DIMS]) {
+  if (a.query_dtype == FLOAT32) {
+#pragma unroll
+    for (int i = 0; i < LANE_DIMS / 4; i++) {
+      const uint4 x = ((const uint4*)((const float*)a.query + at))[i];
+      v[4 * i] = __uint_as_float(x.x), v[4 * i + 1] = __uint_as_float(x.y);
+      v[4 * i + 2] = __uint_as_float(x.z), v[4 * i + 3] = __uint_as_float(x.w);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < LANE_DIMS / 8; i++) {
+    const uint4 x = ((const uint4*)((const u16*)a.query + at))[i];
+    if (a.query_dtype == FLOAT16) {
+      unpack_halves(x, v + 8 * i);
+    } else {
+      const u32 w[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int k = 0; k < 8; k++) v[8 * i + k] = __uint_as_float(k % 2 ? w[k / 2] & 0xffff0000u : w[k / 2] << 16);
+    }
+  }
+}
+// Signs of LANE_DIMS dims in a step of the keys' rotation, set = negative.
+__device__ __forceinline__ u32 key_signs(const Args& a, int step, int part) {
+  return a.k_signs[step * SIGN_WORDS + LANE_DIMS * part / 32] >> LANE_DIMS * part % 32 & ((1u << LANE_DIMS) - 1);
+}
+__device__ __forceinline__ u64 early_key_signs(const Args& a, int part) {
+  u64 early = 0;  // LANE_DIMS bits a step
+#pragma unroll
+  for (int k = 0; k < EARLY_STEPS; k++)
+    if (k < a.k_steps) early |= (u64)key_signs(a, k, part) << LANE_DIMS * k;
+  return early;
+}
+// Rotate four rows from row `first` of a tile on, 8 lanes each.
+__device__ __forceinline__ void rotate_rows(const Args& a, const Segment& segment, const Rows& rows, int kv_head,
+                                            TileRows& to, int first, int lane, u64 early) {
+  const int part = lane & 7, r = first + (lane >> 3), heads = a.num_kv_heads * a.group;
+  const u32 row = (u32)query_row(a, segment, rows, r < rows.count ? r : 0, kv_head);
+  float v[LANE_DIMS];
+  load_dims(a, row / heads * a.q_token_stride + row % heads * a.q_head_stride + LANE_DIMS * part, v);
+  float shift = 0.f;
+  if (a.key_offset) {
+    const float* o = offset_of(a, segment.s, kv_head) + LANE_DIMS * part;
+#pragma unroll
+    for (int i = 0; i < LANE_DIMS; i++) shift = fmaf(v[i], o[i], shift);
+  }
+#pragma unroll
+  for (int k = 1; k < 8; k <<= 1) shift += __shfl_xor_sync(FULL_WARP, shift, k);
+  if (part == 0) to.shifts[r] = shift * a.offset_factor;
+  const float gain = rsqrtf((float)D);
+#pragma unroll 1
+  for (int step = 0; step < a.k_steps; step++) {
+    const u32 bits = step < EARLY_STEPS ? (u32)(early >> LANE_DIMS * step) : key_signs(a, step, part);
+#pragma unroll
+    for (int i = 0; i < LANE_DIMS; i++) v[i] *= bits >> i & 1 ? -gain : gain;
+#pragma unroll
+    for (int h = 1; h < LANE_DIMS; h *= 2)
+#pragma unroll
+      for (int i = 0; i < LANE_DIMS; i++)
+        if (!(i & h)) {
+          const float y = v[i], z = v[i + h];
+          v[i] = y + z;
+          v[i + h] = y - z;
+        }
+#pragma unroll
+    for (int h = 1; h < 8; h *= 2) {
+      const float sign = part & h ? -1.f : 1.f;
+#pragma unroll
+      for (int i = 0; i < LANE_DIMS; i++) v[i] = fmaf(v[i], sign, __shfl_xor_sync(FULL_WARP, v[i], h));
+    }
+  }
+  float largest = 0.f;
+#pragma unroll
+  for (int i = 0; i < LANE_DIMS; i++) largest = fmaxf(largest, fabsf(v[i]));
+  const PowerOfTwo up = power_below(warp_max(r < rows.count ? largest : 0.f));
+  if (lane == 0) to.factors[first / 4] = a.score_factor / up.first / up.second;
+#pragma unroll
+  for (int i = 0; i < LANE_DIMS; i++) v[i] = r < rows.count ? up.times(v[i]) : 0.f;
+  put_fragments(to.query[first / 8], v, r & 7, lane);
+}
+#endif
+// Four rows that attention_query has rotated, brought to a common factor.
+__device__ __forceinline__ void load_rows(const Args& a, const Segment& segment, const Rows& rows, int kv_head,
+                                          TileRows& to, int first, int lane) {
+  const int r = first + (lane >> 3);
+  const i64 row = query_row(a, segment, rows, r < rows.count ? r : 0, kv_head);
+  const float2 factor = r < rows.count ? a.q_factors[row] : make_float2(0.f, 0.f);
+  if ((lane & 7) == 0) to.shifts[r] = factor.y;
+  const float largest = warp_max(factor.x);  // powers of two times a constant: the ratio is exact
+  if (lane == 0) to.factors[first / 4] = largest;
+  const float ratio = largest > 0.f ? factor.x / largest : 0.f;
+  const uint4* from = (const uint4*)(a.q_rows + row * Q_PITCH + LANE_DIMS * (lane & 7));
+  float v[LANE_DIMS];
+#pragma unroll
+  for (int i = 0; i < LANE_DIMS / 8; i++) unpack_halves(from[i], v + 8 * i);
+#pragma unroll
+  for (int i = 0; i < LANE_DIMS; i++) v[i] *= ratio;
+  put_fragments(to.query[first / 8], v, r & 7, lane);
+}
+// All rows of a tile to shared memory, with one factor of the scores, which is returned.
+__device__ __forceinline__ float stage_rows(const Args& a, const Segment& segment, const Rows& rows, int kv_head,
+                                            TileRows& to, int lane, u64 early) {
+  __syncwarp();  // those of the segment before are read
+#pragma unroll 1
+  for (int first = 0; first < 8 * ROW_TILES; first += 4) {
+    if (first < rows.count) {
+#if FUSED
+      rotate_rows(a, segment, rows, kv_head, to, first, lane, early);
+#else
+      load_rows(a, segment, rows, kv_head, to, first, lane);
+#endif
+    } else {
+      const float zeros[LANE_DIMS] = {};
+      put_fragments(to.query[first / 8], zeros, (first & 7) + (lane >> 3), lane);
+      if (lane == 0) to.factors[first / 4] = 0.f;
+    }
+  }
+  __syncwarp();
+  float factor = 0.f;
+#pragma unroll
+  for (int i = 0; i < 2 * ROW_TILES; i++) factor = fmaxf(factor, to.factors[i]);
+#pragma unroll 1
+  for (int tile = 0; tile < ROW_TILES; tile++) {
+    const float own = to.factors[2 * tile + (lane >> 4)], ratio = own > 0.f ? own / factor : 1.f;
+    if (!__any_sync(FULL_WARP, ratio != 1.f)) continue;
+#pragma unroll
+    for (int j = 0; j < PRODUCTS; j++) {
+      uint2& x = to.query[tile][j][lane];
+      x = make_uint2(pack_half2(half_to_float((u16)x.x) * ratio, half_to_float((u16)(x.x >> 16)) * ratio),
+                     pack_half2(half_to_float((u16)x.y) * ratio, half_to_float((u16)(x.y >> 16)) * ratio));
+    }
+  }
+  __syncwarp();
+  return factor;
+}
