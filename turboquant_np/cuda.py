@@ -33,7 +33,8 @@ def warmup(tq: TurboQuant, dtypes: Sequence[Any] = ("float16",)) -> None:
     Notes
     -----
     Kernels also depend on how arrays are aligned; those for arrays as CuPy allocates them are
-    prepared.  Capturing works with ``out=`` and ``check_finite=False``, for Hadamard rotations.
+    prepared.  Capturing works with ``out=`` and ``check_finite=False``, for Hadamard rotations, and
+    for others of head_dim 64, 96, 128 and 192.
 
     Examples
     --------

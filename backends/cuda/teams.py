@@ -16,15 +16,14 @@ MAX_WARP_WORKSPACE = 8192  # bytes; longer rows get a block, so that enough warp
 def team_kernel(name: str, type_name: str, head_dim: int) -> tuple[Kernel, int, bool]:
     """A kernel of any.cu, teams a block has, and whether rows need scratch memory."""
     workspace = workspace_bytes(head_dim)
-    warps = workspace <= MAX_WARP_WORKSPACE
-    teams, threads = (WARPS, 32 * WARPS) if warps else (1, block_threads(head_dim))
-    fits = teams * workspace <= max_shared_bytes()
-    macros = {"TYPE": type_name, "TEAM": "Warp" if warps else "Block"}
-    return (
-        kernel("any.cu", name, macros, threads, teams * workspace if fits else 0),
-        teams,
-        not fits,
-    )
+    fits = workspace <= max_shared_bytes()
+    if workspace <= MAX_WARP_WORKSPACE:
+        team, teams, threads = "Warp", WARPS, 32 * WARPS
+    else:
+        team, teams, threads = "Block" if fits else "ScratchBlock", 1, block_threads(head_dim)
+    macros = {"TYPE": type_name, "TEAM": team}
+    shared = teams * workspace if fits else 0
+    return kernel("any.cu", name, macros, threads, shared), teams, not fits
 
 
 def team_launch(name: str, type_name: str, head_dim: int, rows: int, *arguments: Any) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import compare_on_gpu
+import compare_on_gpu  # type: ignore[import-not-found]
 import cupy
 import numpy as np
 

@@ -137,8 +137,7 @@ def test_many_rounds() -> None:
 
 @pytest.mark.parametrize(
     ("d", "rotation"),
-    [(48, "hadamard"), (100, "hadamard"), (127, "hadamard"), (128, "hadamard"), (192, "hadamard")]
-    + [(128, "haar")],
+    [(128, "haar"), *((d, "hadamard") for d in (48, 100, 127, 128, 192))],
 )
 @pytest.mark.parametrize("name", DTYPES)
 def test_strides(d: int, rotation: str, name: str) -> None:

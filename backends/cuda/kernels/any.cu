@@ -1,7 +1,7 @@
 // The codec for any head_dim, one team of threads a vector, and the steps before and behind the matrix
 // product of dense rotations.  `bits` and `scale_kind` are arguments here.
 //
-// Macros: TYPE, that of the input vectors (encode) or of the output (decode); TEAM, Warp or Block.
+// Macros: TYPE, that of the input vectors (encode) or of the output (decode); TEAM (team.cuh).
 
 #include "team.cuh"
 #include "side.cuh"
@@ -35,7 +35,7 @@ DEVICE void finish_row(const Workspace<Team>& w, const Side& s, const Norm& norm
   Team::sync();
   u8* packed_row;
   float* scale_at;
-  if (s.place(v, packed_row, scale_at)) {
+  if (uniform(s.place(v, packed_row, scale_at))) {
     float scale = norm.value;
     if (scale_kind != NORM) {
       const float along = team_fold(w, Add{}, [&](int i) { return mul(w.row[i], s.centroids[w.codes[i]]); });

@@ -4,16 +4,21 @@
 #pragma once
 #include "convert.cuh"
 
-// A warp where rows are short, else a block.
+// Tells the compiler that all lanes have the same number, without which shuffles are slow.
+DEVICE int uniform(int number) { return __shfl_sync(~0u, number, 0); }
+
+// A warp where rows are short, else a block; one whose rows are in scratch memory where they are long.
 struct Warp {
+  static constexpr bool IN_SCRATCH = false;
   static constexpr int MAX_THREADS = 128, BLOCKS = 6;
   static DEVICE int rank() { return threadIdx.x % 32; }
   static DEVICE int size() { return 32; }
-  static DEVICE int in_block() { return threadIdx.x / 32; }
+  static DEVICE int in_block() { return uniform(threadIdx.x / 32); }
   static DEVICE int in_a_block() { return blockDim.x / 32; }
   static DEVICE void sync() { __syncwarp(); }
 };
 struct Block {
+  static constexpr bool IN_SCRATCH = false;
   static constexpr int MAX_THREADS = 512, BLOCKS = 2;
   static DEVICE int rank() { return threadIdx.x; }
   static DEVICE int size() { return blockDim.x; }
@@ -21,6 +26,7 @@ struct Block {
   static DEVICE int in_a_block() { return 1; }
   static DEVICE void sync() { __syncthreads(); }
 };
+struct ScratchBlock : Block { static constexpr bool IN_SCRATCH = true; };
 
 #define TEAM_BOUNDS __launch_bounds__(Team::MAX_THREADS, Team::BLOCKS)
 
@@ -38,9 +44,9 @@ template <class Team> struct Workspace {
   DEVICE explicit Workspace(int d) : row(nullptr), part(nullptr), codes(nullptr), d(d), padded(2) {
     while (padded < d) padded *= 2;
   }
-  // `bytes` a team, in `scratch` if that is not null.
+  // `bytes` a team, in shared memory or in scratch memory of the grid.
   DEVICE Workspace(u8* shared, u8* scratch, i64 bytes, int d) : Workspace(d) {
-    u8* base = scratch ? scratch + team<Team>() * bytes : shared + Team::in_block() * bytes;
+    u8* base = Team::IN_SCRATCH ? scratch + team<Team>() * bytes : shared + Team::in_block() * int(bytes);
     row = reinterpret_cast<float*>(base);
     part = row + d;
     codes = reinterpret_cast<u8*>(part + padded / 2);
@@ -80,7 +86,8 @@ template <class Team, class X> DEVICE Norm load_row(const Workspace<Team>& w, co
   const auto square = [&](int i) { return mul(w.row[i], w.row[i]); };
   float sum = team_fold(w, Add{}, square);
   Norm norm{0.0f, 0, bits_of(sum) < INFINITY_BITS};
-  if (!(sum >= float_of(0x21800000u) && sum <= float_of(0x5d800000u))) {  // 2**-60, 2**60
+  const bool safe = sum >= float_of(0x21800000u) && sum <= float_of(0x5d800000u);  // 2**-60, 2**60
+  if (uniform(!safe)) {
     const float largest = team_fold(w, Larger{}, [&](int i) { return magnitude(w.row[i]); });
     norm.finite = bits_of(largest) < INFINITY_BITS;
     if (norm.finite && bits_of(largest)) norm.exponent = exponent_of(largest);
@@ -133,7 +140,7 @@ template <class Team> struct TeamRotation {
     float* x = w.row + begin;
     const float factor = length < w.d ? block_factor : 1.0f;
     const int lane = threadIdx.x % 32;
-    for (int base = Team::rank() - lane; base < length; base += Team::size()) {
+    for (int base = uniform(Team::rank() - lane); base < length; base += Team::size()) {
       const bool inside = base + lane < length;
       float value = inside ? x[base + lane] : 0.0f;
       if (flips && inside) value = mul(value, flips[base + lane]);
