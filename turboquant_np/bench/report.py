@@ -97,7 +97,8 @@ def rooflines(lines: Iterable[Row]) -> str:
             rates.setdefault((threads(row), name), []).append(rate)
     if not rates:
         return ""
-    units = {"read": "GB/s", "copy": "GB/s"}  # always of the same size, unlike products
+    # always of the same size, unlike products
+    units = {"read": "GB/s", "copy": "GB/s", "multiply-add": "G/s"}
     table = format_table(
         ["threads", "limit", "median", "lowest", "highest", ""],
         [
