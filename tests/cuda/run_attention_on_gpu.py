@@ -26,6 +26,7 @@ import numpy as np
 from turboquant_np import TurboQuant
 from turboquant_np._attention_checks import AttentionBatch
 from turboquant_np.fused_attention import TQPagedAttention
+from turboquant_np.kv_cache import PagedKVCache
 
 gpu_attention = importlib.import_module("turboquant_np.backends.cuda.attention")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -381,6 +382,28 @@ def time_step(copy: float, stream: Any, parts: bool, **settings: Any) -> dict[st
     return result
 
 
+def time_cache_step(batch: int, context: int, stream: Any) -> dict[str, Any]:
+    """One decoding step of a layer of PagedKVCache with its default windows, at 4 bits."""
+    blocks = batch * (context // 16 + 2)
+    cache = PagedKVCache(1, 8, 128, num_blocks=blocks, max_sequences=batch, device="cuda")
+    sequences = [cache.allocate() for _ in range(batch)]
+    random = cupy.random.default_rng(3)
+    for count in (context, 1):
+        step = cache.begin_step(sequences, [count] * batch)
+        x = random.standard_normal((batch * count, 8, 128), dtype=np.float32).astype(np.float16)
+        step.append(0, x, x)
+    query = random.standard_normal((batch, 32, 128), dtype=np.float32).astype(np.float16)
+    attend = partial(step.attend, 0, query)
+    attend()
+    us = graph_microseconds([attend] * 4, stream)
+    stream.synchronize()
+    start = time.perf_counter()
+    for _ in range(50):
+        attend()
+    host = (time.perf_counter() - start) / 50 * 1e6
+    return {"batch": batch, "context": context, "us": us, "host us": host}
+
+
 def copy_bandwidth(stream: Any) -> float:
     """Bytes a second, read and written, of device-to-device copies of 2 GiB."""
     a = cupy.random.default_rng(0).random(1 << 29, dtype=np.float32)
@@ -478,7 +501,9 @@ def main() -> None:
                 {**base, "query_len": 2},
                 {**base, "query_len": 4},
                 {**base, "query_len": 8},
-                {**base, "head_dim": 64},
+                *({**base, "head_dim": 64, "bits": (b, b)} for b in (4, 3, 2, 8)),
+                {**base, "head_dim": 64, "batch": 1},
+                {**base, "head_dim": 64, "query_len": 8},
                 {**base, "head_dim": 256},
                 {**base, "bits": (5, 5)},
                 {**base, "bits": (6, 6)},
@@ -492,6 +517,9 @@ def main() -> None:
             parts = " ".join(f"{p:.1f}" for p in result.get("parts us", []))
             print(f"{result['us']:8.1f} us {result['of copy']:6.1%}  {rest}  {parts}", flush=True)
             options.json.write_text(json.dumps(report, indent=1))
+        report["cache steps"] = [time_cache_step(n, 8192, stream) for n in (32, 1)]
+        print(*report["cache steps"], sep="\n", flush=True)
+        options.json.write_text(json.dumps(report, indent=1))
     sys.exit(failed)
 
 
