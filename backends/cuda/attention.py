@@ -85,7 +85,8 @@ def attention(
 
     Nothing waits for the device, and the launches depend on shapes only: a captured graph stays
     valid while context_lens, block_tables and the contents of the cache change.  Scratch memory
-    belongs to the current stream; replays of graphs captured on one stream must not overlap.
+    belongs to the current stream; replays of graphs captured on one stream must not overlap (the
+    blocks of one could wait for those of the other for ever).
     """
     import cupy
 
