@@ -480,7 +480,7 @@ def test_units_cover_what_rows_see(
     lens: list[tuple[int, int]], group: int, window: int, shift: int
 ) -> None:
     """Each visible (row, token) pair lies in exactly one unit of its sequence."""
-    cut = importlib.import_module("turboquant_np.backends.cpu.attention").cut
+    cut = importlib.import_module("turboquant_np.backends.cpu.attention_cut").cut
     kv_heads = 3
     starts = np.cumsum([0, *(length for length, _ in lens)])
     contexts = np.array([n for _, n in lens])

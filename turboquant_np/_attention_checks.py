@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,8 +106,9 @@ def check_attention(
 
     def take(x: Any, name: str, dtypes: tuple[str, ...], shape: tuple[int | str, ...]) -> Any:
         array, _ = _arrays.take_in(x, name)
-        check_same_place(array, name, q, "query")
-        if array.dtype.name not in dtypes:
+        if type(array) is not np.ndarray or type(q) is not np.ndarray:
+            check_same_place(array, name, q, "query")
+        if _name(array.dtype) not in dtypes:
             raise TypeError(f"{name} must be {' or '.join(dtypes)}, got {array.dtype}")
         _check_shape(array, name, shape)
         return _arrays.native(array)
@@ -141,7 +143,7 @@ def check_attention(
             f"num_query_heads ({num_query_heads}) must be a multiple of num_kv_heads ({kv_heads})"
         )
 
-    if q.dtype.name not in _arrays.FLOAT_NAMES:
+    if _name(q.dtype) not in _arrays.FLOAT_NAMES:
         raise TypeError(f"query must be {', '.join(_arrays.FLOAT_NAMES)}, got {q.dtype}")
     lens = take(context_lens, "context_lens", ints, ("num_seqs",))
     num_seqs = len(lens)
@@ -189,11 +191,14 @@ def check_attention(
     return batch, give_back
 
 
+_name = cache(lambda dtype: dtype.name)  # which NumPy puts together anew each time
+
+
 def _check_shape(array: Any, name: str, shape: tuple[int | str, ...]) -> None:
     """Each axis has the given length; a string names an axis of any length."""
-    fits = array.ndim == len(shape) and all(
-        isinstance(want, str) or want == have for want, have in zip(shape, array.shape, strict=True)
-    )
+    fits = array.ndim == len(shape)
+    for want, have in zip(shape, array.shape, strict=False):
+        fits = fits and (want == have or isinstance(want, str))
     if not fits:
         wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name} must have shape [{wanted}], got {tuple(array.shape)}")
@@ -229,12 +234,21 @@ def _check_values(batch: AttentionBatch, everything: bool) -> None:
                 f"({len(batch.query)}), got {starts.tolist()}"
             )
     capacity = tables.shape[1] * page
-    if (wrong := (lens < 0) | (lens > capacity)).any():
+    if len(lens) and not (lens.min() >= 0 and lens.max() <= capacity):
+        wrong = (lens < 0) | (lens > capacity)
         s = int(wrong.argmax())
         raise ValueError(
             f"context_lens[{s}] is {lens[s]}, allowed are 0 to {capacity} "
             f"({tables.shape[1]} blocks of {page} tokens in block_tables)"
         )
+    if tables.size and not (tables.min() >= 0 and tables.max() < num_blocks):
+        _check_blocks(lens, tables, num_blocks, page)
+    if everything:
+        _check_floats(batch, lens, tables)
+
+
+def _check_blocks(lens: Any, tables: Any, num_blocks: int, page: int) -> None:
+    """Entries of block tables are in range; those behind the context may be anything."""
     blocks_used = -(-lens // page)
     inside = np.arange(tables.shape[1]) < blocks_used[:, None]
     if (wrong := inside & ((tables < 0) | (tables >= num_blocks))).any():
@@ -243,8 +257,6 @@ def _check_values(batch: AttentionBatch, everything: bool) -> None:
             f"block_tables[{s}, {j}] is {tables[s, j]}, inside the context of sequence {s}; "
             f"the cache has blocks 0 to {num_blocks - 1}"
         )
-    if everything:
-        _check_floats(batch, lens, tables)
 
 
 def _check_floats(batch: AttentionBatch, lens: Any, tables: Any) -> None:

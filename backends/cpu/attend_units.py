@@ -10,25 +10,29 @@ from __future__ import annotations
 from functools import partial
 
 from llvmlite import ir
+from numba.core import cgutils
 
 from .attend import (
-    NOTHING,
-    STATE_BYTES,
-    exp,
+    Keys,
+    KeyTile,
+    Values,
+    ValueTile,
     in_blocks_of_rows,
+    outputs_block,
+    rows_at_once,
     scores_block,
-    softmax_row,
-    values_block,
-    variable,
 )
 from .kernels import Arguments, Plan
 from .packing import packed_bytes
 from .quantize import values_table
 from .simd import F32, I32, I64, Simd, Value
-from .tile import TILE, look_up, registers_of
+from .softmax import NOTHING, STATE_BYTES, exp, softmax_row, variable
+from .tile import TILE, Address, KeyWindows, PackedValues, key_windows_bytes, registers_of
 
 # What all units of a call share, as int64: addresses, and strides in bytes.
 CALL = (
+    "claimed",  # units that threads have begun
+    *("blocks", "blocks_pitch"),  # int64 block tables
     *("key_codes", "key_block", "key_token", "key_head"),
     *("key_norms", "key_norm_block", "key_norm_token", "key_norm_head"),
     *("value_codes", "value_block", "value_token", "value_head"),
@@ -41,9 +45,9 @@ CALL = (
     *("states", "outputs"),  # partial results: maximum, sum, decay; float32 [registers * width]
     *("result_states", "results", "result_head"),  # merged: the same, by head and row
 )
-# One unit: block table, its first row and their number, its tokens, its place among partial results
+# One unit: its sequence, first row and their number, its tokens, its place among partial results
 # (counted in rows; head h and row r are at place + h * rows + r).
-UNIT = ("blocks", "row", "rows", "start", "stop", "place")
+UNIT = ("seq", "row", "rows", "start", "stop", "place")
 # Rows whose partial results lie in `chunks` units behind each other.
 MERGE = ("place", "chunks", "rows", "row")
 
@@ -60,27 +64,41 @@ class Fields:
         return self.s.load(I64, self.address, 8 * self.names.index(name))
 
 
-def attend_scratch_bytes(dim: int, rows: int, width: int) -> int:
-    """A tile, scores, gains, and the offsets of two tiles."""
-    tile = 4 * width * registers_of(dim, width) * TILE
-    return tile + 4 * TILE * (rows + 2) + 2 * 8 * TILE * len(OFFSETS)
+def attend_scratch_bytes(plan: Plan, rows: int, width: int) -> int:
+    """The offsets of two tiles, gains, a tile, windows, scores."""
+    tile = 4 * width * registers_of(plan.dim, width) * TILE
+    windows = key_windows_bytes(plan.bits, plan.dim, width)
+    return 2 * 8 * TILE * len(OFFSETS) + tile + windows + 4 * TILE * (rows + 2)
 
 
 class Scratch:
     """Addresses within a thread's scratch memory."""
 
-    def __init__(self, s: Simd, dim: int, base: Value) -> None:
+    def __init__(self, s: Simd, plan: Plan, base: Value) -> None:
         self.offsets = base  # int64 [2, len(OFFSETS), TILE]
         self.gains = s.at(base, 2 * 8 * TILE * len(OFFSETS))  # float32 [2, TILE]
         self.tile = s.at(self.gains, 2 * 4 * TILE)
-        self.scores = s.at(self.tile, 4 * s.width * registers_of(dim, s.width) * TILE)
+        self.windows = s.at(self.tile, 4 * s.width * registers_of(plan.dim, s.width) * TILE)
+        self.scores = s.at(self.windows, key_windows_bytes(plan.bits, plan.dim, s.width))
 
 
 def emit_attend(s: Simd, plan: Plan, a: Arguments) -> None:
-    """a.rows units at a.target; a.source holds the call, a.signs the tables of the values."""
-    with s.loop(a.rows) as u:
-        unit = s.at(a.target, s.times(u, 8 * len(UNIT)))
-        _attend_unit(s, plan, a, Fields(s, a.source, CALL), Fields(s, unit, UNIT))
+    """Units out of a.rows of them at a.target, until all are claimed by some thread.
+
+    a.source holds the call, a.tables the tables of the keys, a.signs those of the values.
+    """
+    b = s.b
+    claim, begin, end = (b.append_basic_block(name) for name in ("claim", "begin", "end"))
+    b.branch(claim)
+    b.position_at_end(claim)
+    counter = b.inttoptr(s.at(a.source, 8 * CALL.index("claimed")), ir.PointerType())
+    number = b.atomic_rmw("add", counter, s.int64(1), "monotonic")
+    b.cbranch(b.icmp_signed("<", number, a.rows), begin, end)
+    b.position_at_end(begin)
+    unit = s.at(a.target, s.times(number, 8 * len(UNIT)))
+    _attend_unit(s, plan, a, Fields(s, a.source, CALL), Fields(s, unit, UNIT))
+    b.branch(claim)
+    b.position_at_end(end)
 
 
 def _attend_unit(s: Simd, plan: Plan, a: Arguments, call: Fields, unit: Fields) -> None:
@@ -89,7 +107,7 @@ def _attend_unit(s: Simd, plan: Plan, a: Arguments, call: Fields, unit: Fields) 
     place, heads = unit["place"], call["kv_heads"]
     registers = registers_of(plan.dim, s.width)
     pitch = 4 * s.width * registers
-    scratch = Scratch(s, plan.dim, a.scratch)
+    scratch = Scratch(s, plan, a.scratch)
     states = s.at(call["states"], s.times(place, STATE_BYTES))
     outputs = s.at(call["outputs"], s.times(place, pitch))
     with s.loop(b.mul(heads, rows)) as i:
@@ -113,87 +131,182 @@ def _attend_unit(s: Simd, plan: Plan, a: Arguments, call: Fields, unit: Fields) 
             output = s.at(outputs, s.times(done, pitch))
             query = s.at(call["query"], b.mul(h, call["query_head"]))
             query = s.at(query, s.times(unit["row"], pitch))
-            where = (a.source, h, here, ahead, scratch.tile)
             # The gains come first, so that their stores are done when vectors of them are loaded.
             s.outlined("gains", _gather_gains, a.source, h, here, scratch.gains)
-            s.outlined("keys", partial(_look_up_tile, plan, "key"), a.tables, *where)
-            scores = partial(_scores, registers)
-            s.outlined("scores", scores, rows, query, scratch.tile, scratch.scores)
+            where = (a.source, h, here, ahead, a.scratch)
+            s.outlined("windows", partial(_write_windows, plan), a.tables, *where)
+            few = b.icmp_signed("<=", rows, s.int64(rows_at_once(s)))
+            scores = (a.scratch, rows, query)
+            with b.if_else(few) as (then, otherwise):
+                with then:
+                    s.outlined("scores", partial(_scores, plan), a.tables, *scores)
+                with otherwise:
+                    s.outlined("key_tile", partial(_write_key_tile, plan), a.tables, a.scratch)
+                    s.outlined("scores_of_tile", partial(_scores_of_tile, plan), *scores)
             softmax = (a.source, unit.address, h, first, state, a.scratch)
             s.outlined("softmax", partial(_softmax, plan), *softmax)
-            s.outlined("values", partial(_look_up_tile, plan, "value"), a.signs, *where)
-            weigh = partial(_weigh, registers)
-            s.outlined("weigh", weigh, rows, scratch.scores, scratch.tile, state, output)
+            outputs = (a.scratch, rows, state, output)
+            with b.if_else(few) as (then, otherwise):
+                with then:
+                    s.outlined("outputs", partial(_outputs, plan), *outputs, a.signs, *where)
+                with otherwise:
+                    s.outlined("value_tile", partial(_write_value_tile, plan), a.signs, *where)
+                    s.outlined("outputs_of_tile", partial(_outputs_of_tile, plan), *outputs)
 
 
-def _scores(registers: int, s: Simd, rows: Value, query: Value, tile: Value, scores: Value) -> None:
-    pitch = 4 * s.width * registers
-
-    def block(row: Value, count: int) -> None:
-        from_, to = s.at(query, s.times(row, pitch)), s.at(scores, s.times(row, 4 * TILE))
-        scores_block(s, count, registers, from_, tile, to)
-
-    in_blocks_of_rows(s, rows, block)
-
-
-def _weigh(
-    registers: int, s: Simd, rows: Value, scores: Value, tile: Value, states: Value, outputs: Value
-) -> None:
-    pitch = 4 * s.width * registers
-
-    def block(row: Value, count: int) -> None:
-        weights = s.at(scores, s.times(row, 4 * TILE))
-        state = s.at(states, s.times(row, STATE_BYTES))
-        values_block(s, count, registers, weights, tile, state, s.at(outputs, s.times(row, pitch)))
-
-    in_blocks_of_rows(s, rows, block)
-
-
-def _locate(s: Simd, call: Fields, unit: Fields, first: Value, offsets: Value) -> None:
-    """Byte offsets of TILE tokens from `first` on; behind the last token, the last one again."""
-    b = s.b
-    final = b.sub(unit["stop"], s.int64(1))
-    block_size = b.trunc(call["block_size"], I32)
-    with s.loop(TILE) as j:
-        token = b.add(first, j)
-        token = b.trunc(b.select(b.icmp_signed("<", token, final), token, final), I32)
-        page = b.zext(b.udiv(token, block_size), I64)
-        slot = b.zext(b.urem(token, block_size), I64)
-        block = s.load(I64, unit["blocks"], s.times(page, 8))
-        for i, name in enumerate(OFFSETS):
-            stride = name.replace("_codes", "").replace("_norms", "_norm")
-            offset = b.add(
-                b.mul(block, call[f"{stride}_block"]), b.mul(slot, call[f"{stride}_token"])
-            )
-            s.store(offset, offsets, s.at(s.times(j, 8), 8 * TILE * i))
-
-
-def _offset(s: Simd, offsets: Value, name: str, j: Value) -> Value:
-    return s.load(I64, offsets, s.at(s.times(j, 8), 8 * TILE * OFFSETS.index(name)))
-
-
-def _look_up_tile(
+def _write_windows(
     plan: Plan,
-    side: str,
     s: Simd,
     tables: Value,
     call_address: Value,
     head: Value,
     here: Value,
     ahead: Value,
-    tile: Value,
+    scratch: Value,
 ) -> None:
-    """Look up one head of the tile's tokens, and fetch the next tile's codes into the cache."""
-    bits = plan.bits if side == "key" else plan.value_bits
-    table = values_table(s, tables, bits)
+    """Windows of one head of the tile's keys; those of the next tile are fetched nearer."""
+    packed, coming = _codes(s, "key", call_address, head, here, ahead)
+
+    def rows(i: Value) -> list[Value]:
+        tokens = [s.at(s.times(i, s.width), j) for j in range(s.width)]
+        for j in tokens:
+            s.prefetch(coming(j), packed_bytes(plan.dim, plan.bits), level=2)
+        return [packed(j) for j in tokens]
+
+    _key_windows(plan, s, tables, scratch).write(rows)
+
+
+def _scores(plan: Plan, s: Simd, tables: Value, scratch: Value, rows: Value, query: Value) -> None:
+    keys = _key_windows(plan, s, tables, scratch)
+    _score_rows(plan, s, keys, scratch, rows, query)
+
+
+def _write_key_tile(plan: Plan, s: Simd, tables: Value, scratch: Value) -> None:
+    keys = _key_windows(plan, s, tables, scratch)
+    KeyTile(s, plan.dim, Scratch(s, plan, scratch).tile).write(keys)
+
+
+def _scores_of_tile(plan: Plan, s: Simd, scratch: Value, rows: Value, query: Value) -> None:
+    keys = KeyTile(s, plan.dim, Scratch(s, plan, scratch).tile)
+    _score_rows(plan, s, keys, scratch, rows, query)
+
+
+def _score_rows(plan: Plan, s: Simd, keys: Keys, scratch: Value, rows: Value, query: Value) -> None:
+    pitch = 4 * s.width * registers_of(plan.dim, s.width)
+    scores = Scratch(s, plan, scratch).scores
+
+    def block(row: Value, count: int) -> None:
+        to = s.at(scores, s.times(row, 4 * TILE))
+        scores_block(s, count, plan.dim, keys, s.at(query, s.times(row, pitch)), to)
+
+    in_blocks_of_rows(s, rows, block)
+
+
+def _outputs(
+    plan: Plan,
+    s: Simd,
+    scratch: Value,
+    rows: Value,
+    states: Value,
+    outputs: Value,
+    *where: Value,
+) -> None:
+    _weigh_rows(plan, s, _packed_values(plan, s, *where), scratch, rows, states, outputs)
+
+
+def _write_value_tile(plan: Plan, s: Simd, *where: Value) -> None:
+    scratch = where[-1]
+    values = _packed_values(plan, s, *where)
+    ValueTile(s, plan.dim, Scratch(s, plan, scratch).tile).write(values)
+
+
+def _outputs_of_tile(
+    plan: Plan, s: Simd, scratch: Value, rows: Value, states: Value, outputs: Value
+) -> None:
+    values = ValueTile(s, plan.dim, Scratch(s, plan, scratch).tile)
+    _weigh_rows(plan, s, values, scratch, rows, states, outputs)
+
+
+def _weigh_rows(
+    plan: Plan,
+    s: Simd,
+    values: Values,
+    scratch: Value,
+    rows: Value,
+    states: Value,
+    outputs: Value,
+) -> None:
+    pitch = 4 * s.width * registers_of(plan.dim, s.width)
+    scores = Scratch(s, plan, scratch).scores
+
+    def block(row: Value, count: int) -> None:
+        weights = s.at(scores, s.times(row, 4 * TILE))
+        state = s.at(states, s.times(row, STATE_BYTES))
+        to = s.at(outputs, s.times(row, pitch))
+        outputs_block(s, count, plan.dim, values, weights, state, to)
+
+    in_blocks_of_rows(s, rows, block)
+
+
+def _key_windows(plan: Plan, s: Simd, tables: Value, scratch: Value) -> KeyWindows:
+    table = values_table(s, tables, plan.bits)
+    return KeyWindows(s, plan.bits, plan.dim, Scratch(s, plan, scratch).windows, table)
+
+
+def _packed_values(
+    plan: Plan,
+    s: Simd,
+    tables: Value,
+    call_address: Value,
+    head: Value,
+    here: Value,
+    ahead: Value,
+    scratch: Value,
+) -> PackedValues:
+    packed, coming = _codes(s, "value", call_address, head, here, ahead)
+    table = values_table(s, tables, plan.value_bits)
+    return PackedValues(s, plan.value_bits, plan.dim, packed, coming, table)
+
+
+def _codes(
+    s: Simd, side: str, call_address: Value, head: Value, here: Value, ahead: Value
+) -> tuple[Address, Address]:
+    """Where one head of the tile's tokens lies, and of the next tile's."""
     call = Fields(s, call_address, CALL)
     base = s.at(call[f"{side}_codes"], s.b.mul(head, call[f"{side}_head"]))
-    pitch = 4 * s.width * registers_of(plan.dim, s.width)
+
+    def of(offsets: Value) -> Address:
+        return lambda j: s.at(base, _offset(s, offsets, f"{side}_codes", j))
+
+    return of(here), of(ahead)
+
+
+def _locate(s: Simd, call: Fields, unit: Fields, first: Value, offsets: Value) -> None:
+    """Byte offsets of TILE tokens from `first` on; behind the last token, the last one again."""
+    b = s.b
+    block_size, final = call["block_size"], b.sub(unit["stop"], s.int64(1))
+    start = b.select(b.icmp_signed("<", first, final), first, final)
+    strides = [name.replace("_codes", "").replace("_norms", "_norm") for name in OFFSETS]
+    by_block = [call[f"{stride}_block"] for stride in strides]
+    by_token = [call[f"{stride}_token"] for stride in strides]
+    table = s.at(call["blocks"], b.mul(unit["seq"], call["blocks_pitch"]))
+    page, slot = cgutils.alloca_once(b, I64), cgutils.alloca_once(b, I64)
+    b.store(b.udiv(start, block_size), page)
+    b.store(b.urem(start, block_size), slot)
     with s.loop(TILE) as j:
-        coming = s.at(base, _offset(s, ahead, f"{side}_codes", j))
-        s.prefetch(coming, packed_bytes(plan.dim, bits))
-        packed = s.at(base, _offset(s, here, f"{side}_codes", j))
-        look_up(s, table, bits, plan.dim, packed, s.at(tile, s.times(j, pitch)))
+        block = s.load(I64, table, s.times(b.load(page), 8))
+        for i in range(len(OFFSETS)):
+            offset = b.add(b.mul(block, by_block[i]), b.mul(b.load(slot), by_token[i]))
+            s.store(offset, offsets, s.at(s.times(j, 8), 8 * TILE * i))
+        more = b.zext(b.icmp_signed("<", b.add(first, j), final), I64)
+        following = b.add(b.load(slot), more)
+        turned = b.icmp_signed("==", following, block_size)
+        b.store(b.select(turned, s.int64(0), following), slot)
+        b.store(b.add(b.load(page), b.zext(turned, I64)), page)
+
+
+def _offset(s: Simd, offsets: Value, name: str, j: Value) -> Value:
+    return s.load(I64, offsets, s.at(s.times(j, 8), 8 * TILE * OFFSETS.index(name)))
 
 
 def _gather_gains(s: Simd, call_address: Value, head: Value, here: Value, gains: Value) -> None:
@@ -220,7 +333,7 @@ def _softmax(
     """Scores become weights of the looked-up values, norms included."""
     b = s.b
     call, unit = Fields(s, call_address, CALL), Fields(s, unit_address, UNIT)
-    scratch = Scratch(s, plan.dim, scratch_address)
+    scratch = Scratch(s, plan, scratch_address)
     cap = s.load(F32, call["gains"], 8)
     end = b.trunc(b.sub(unit["stop"], first), I32)
     begin = b.trunc(first, I32)

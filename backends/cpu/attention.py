@@ -1,14 +1,14 @@
-"""Attention on the host side: what is cut into units, and what happens before and after them.
+"""Attention on the host side: what happens before and after the kernels.
 
-Queries are rotated, padded and put into the coordinate order of tiles by one matrix product; the
-merged outputs come back by another.  How a batch is cut depends on each sequence alone,
-never on the number of threads or on the rest of the batch.
+Queries are rotated and padded by one matrix product; the merged outputs, whose coordinates lie in
+the order of their registers, come back by another.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -17,128 +17,85 @@ import numpy.typing as npt
 from turboquant_np._attention_checks import AttentionBatch
 from turboquant_np._spec import CodecSpec
 
-from .attend import STATE_BYTES
-from .attend_units import CALL, MERGE, UNIT, attend_scratch_bytes
-from .codec import address, aligned_empty, check_status, constants_of
-from .compile import compiled
+from .attend_units import CALL, attend_scratch_bytes
+from .attention_cut import Cut, cut
+from .codec import address, check_status, constants_of
+from .compile import Kernel, compiled
 from .kernels import Plan
-from .simd import target
-from .threads import for_rows
-from .tile import coordinate_order
-
-ROWS_PER_UNIT = 64  # at most, unless one query token has more heads than that
-SHORT_CHUNK, LONG_CHUNK = 256, 1024  # tokens of a unit: if one unit holds all rows, and else
-MOST_CHUNKS = 128
+from .simd import CACHE_LINE, target
+from .softmax import STATE_BYTES
+from .threads import for_rows, num_threads
+from .tile import registers_of, value_order
 
 Ints = npt.NDArray[np.int64]
 Float32s = npt.NDArray[np.float32]
 
 
-class Cut(NamedTuple):
-    """How a batch is divided.
+class Prepared(NamedTuple):
+    """What all calls with the same quantisers share."""
 
-    Attributes
-    ----------
-    units : int64 [units, len(UNIT)], with the sequence in the place of the block table's address
-    merges : int64 [row tiles, len(MERGE)]
-    first, last : int32 [rows], the tokens each query row sees: from `first` to before `last`
-    places : int, rows of partial results
+    plan: Plan
+    attend: Kernel
+    merge: Kernel
+    into_tiles: Float32s  # [head_dim, padded] rotates keys' queries
+    out_of_tiles: Float32s  # [padded, head_dim] rotates values back
+    key_tables: int
+    value_tables: int
+
+
+class Workspace:
+    """Named float32 arrays in one piece of memory, each on cache lines of its own.
+
+    NumPy takes a microsecond to tell an address; here it tells one for all of them.
     """
 
-    units: Ints
-    merges: Ints
-    first: npt.NDArray[np.int32]
-    last: npt.NDArray[np.int32]
-    places: int
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        self.shapes, self.starts, size = shapes, dict[str, int](), 0
+        for name, shape in shapes.items():
+            self.starts[name] = size
+            size += -(-4 * math.prod(shape) // CACHE_LINE) * CACHE_LINE
+        self.memory = np.empty(size + CACHE_LINE, np.uint8)
+        at = address(self.memory)
+        self.first = -at % CACHE_LINE
+        self.base = at + self.first
 
+    def address(self, name: str) -> int:
+        return self.base + self.starts[name]
 
-def cut(
-    starts: Ints, positions: Ints, context_lens: Ints, group: int, kv_heads: int, window: int
-) -> Cut:
-    """Divide query rows and contexts into units; a pure function of the batch's lengths.
-
-    starts : [num_seqs + 1] first query token of each sequence
-    positions : [num_seqs] position of that token
-    window : sliding window, 0 if there is none
-    """
-    lengths = np.diff(starts)
-    tokens_per_tile = max(1, ROWS_PER_UNIT // group)
-    tiles_of = -(-lengths // tokens_per_tile)
-    seq = np.repeat(np.arange(len(lengths)), tiles_of)
-    number = np.arange(len(seq)) - np.repeat(np.cumsum(tiles_of) - tiles_of, tiles_of)
-    begin = number * tokens_per_tile  # query tokens of the tile, within the sequence
-    end = np.minimum(begin + tokens_per_tile, lengths[seq])
-
-    tile_stop = np.clip(positions[seq] + end, 0, context_lens[seq])
-    tile_start = np.zeros_like(tile_stop)
-    if window:
-        tile_start = np.clip(positions[seq] + begin + 1 - window, 0, tile_stop)
-    visible = tile_stop - tile_start
-    shortest = np.where(tiles_of[seq] == 1, SHORT_CHUNK, LONG_CHUNK)
-    doublings = np.ceil(np.log2(np.maximum(visible / (shortest * MOST_CHUNKS), 1.0)))
-    chunk = shortest << doublings.astype(np.int64)
-    chunks = -(-visible // chunk)
-
-    rows = (end - begin) * group
-    row = (starts[seq] + begin) * group
-    tile = np.repeat(np.arange(len(seq)), chunks)
-    part = np.arange(len(tile)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-    start = tile_start[tile] + part * chunk[tile]
-    stop = np.minimum(start + chunk[tile], tile_stop[tile])
-    sizes = rows[tile] * kv_heads
-    place = np.cumsum(sizes) - sizes
-    first_unit = np.cumsum(chunks) - chunks
-    merge_place = np.append(place, 0)[np.minimum(first_unit, len(place))]
-
-    position = np.repeat(positions, lengths) + np.arange(len(seq) and starts[-1])
-    position -= np.repeat(starts[:-1], lengths)
-    last = np.repeat(position + 1, group)
-    first = np.maximum(last - window, 0) if window else np.zeros_like(last)
-    return Cut(
-        np.stack([seq[tile], row[tile], rows[tile], start, stop, place], axis=1),
-        np.stack([merge_place, chunks, rows, row], axis=1),
-        first.astype(np.int32),
-        last.astype(np.int32),
-        int(sizes.sum()),
-    )
-
-
-@lru_cache(maxsize=16)
-def _cut_again(
-    starts: bytes, positions: bytes, lens: bytes, group: int, kv_heads: int, window: int
-) -> Cut:
-    """`cut`, remembered: all layers of a step have the same lengths."""
-    a, b, c = (np.frombuffer(data, np.int64) for data in (starts, positions, lens))
-    return cut(a, b, c, group, kv_heads, window)
+    def array(self, name: str) -> Float32s:
+        start, shape = self.first + self.starts[name], self.shapes[name]
+        part = self.memory[start : start + 4 * math.prod(shape)]
+        return part.view(np.float32).reshape(shape)
 
 
 def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch) -> None:
     """Fill batch.out and batch.lse."""
     tokens, heads, dim = batch.query.shape
     kv_heads, group = batch.num_kv_heads, batch.group
-    if batch.query_start_loc is None:
-        starts = np.arange(batch.num_seqs + 1, dtype=np.int64) * batch.query_len
-    else:
-        starts = batch.query_start_loc.astype(np.int64)
     if tokens == 0:
         return
-    lens = batch.context_lens.astype(np.int64)
-    positions = lens - np.diff(starts)
-    if batch.query_positions is not None:
-        positions = batch.query_positions.astype(np.int64)
-    lengths = (starts.tobytes(), positions.tobytes(), lens.tobytes())
-    work = _cut_again(*lengths, group, kv_heads, batch.sliding_window)
-    plain = batch.query.astype(np.float32)
-    rotated = (plain.reshape(-1, dim) @ _into_tiles(key_spec)).reshape(tokens, kv_heads, group, -1)
-    query = aligned_empty((kv_heads, tokens, group, rotated.shape[-1]), np.float32)
-    query[...] = rotated.transpose(1, 0, 2, 3)
-    bias = _offset_scores(batch, plain.reshape(tokens, kv_heads, group, dim), starts)
-    results, states = _run(key_spec, value_spec, batch, work, query, bias)
-
-    out = (results.reshape(-1, results.shape[-1]) @ _out_of_tiles(value_spec)).reshape(
-        kv_heads, tokens, group, dim
+    work = _cut_of(batch)
+    prepared = _prepare(key_spec, value_spec)
+    rows, padded = tokens * group, prepared.into_tiles.shape[1]
+    space = Workspace(
+        query=(kv_heads, tokens, group, padded),
+        bias=(kv_heads, tokens, group),
+        gains=(3,),
+        states=(work.places, STATE_BYTES // 4),
+        outputs=(work.places, padded),
+        result_states=(kv_heads, tokens, group, STATE_BYTES // 4),
+        results=(kv_heads * rows, padded),
     )
-    top, total = (states[..., i].reshape(kv_heads, tokens, group) for i in (0, 1))
+    plain = batch.query.astype(np.float32, copy=False)
+    rotated = plain.reshape(-1, dim) @ prepared.into_tiles
+    rotated = rotated.reshape(tokens, kv_heads, group, padded)
+    space.array("query")[...] = rotated.transpose(1, 0, 2, 3)
+    space.array("bias")[...] = _offset_scores(batch, plain)
+    _run(prepared, batch, work, space)
+
+    out = (space.array("results") @ prepared.out_of_tiles).reshape(kv_heads, tokens, group, dim)
+    states = space.array("result_states")
+    top, total = states[..., 0], states[..., 1]
     with np.errstate(divide="ignore", over="ignore"):
         lse = np.where(total > 0, top + np.log(total), np.float32(-np.inf))
         if batch.sinks is not None:
@@ -149,118 +106,135 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
     batch.lse[...] = lse.transpose(1, 0, 2).reshape(tokens, heads)
 
 
-def _offset_scores(batch: AttentionBatch, query: Float32s, starts: Ints) -> Float32s:
-    """[kv_heads, tokens * group] what the key offset adds to the scaled scores."""
-    tokens, kv_heads, group, _ = query.shape
+def _offset_scores(batch: AttentionBatch, query: Float32s) -> Float32s | float:
+    """[kv_heads, tokens, group] what the key offset adds to the scaled scores."""
     if batch.key_offset is None:
-        return np.zeros((kv_heads, tokens * group), np.float32)
-    offset = np.repeat(batch.key_offset, np.diff(starts), axis=0)
-    scores = np.einsum("tkgd,tkd->ktg", query, offset) * np.float32(batch.scale)
-    return np.ascontiguousarray(scores.reshape(kv_heads, tokens * group))
+        return 0.0
+    counts: Any = batch.query_len
+    if batch.query_start_loc is not None:
+        counts = np.diff(batch.query_start_loc)
+    offset = np.repeat(batch.key_offset, counts, axis=0)
+    by_head = query.reshape(len(query), batch.num_kv_heads, batch.group, -1)
+    scores: Float32s = np.einsum("tkgd,tkd->ktg", by_head, offset)
+    return scores * np.float32(batch.scale)
 
 
-def _run(
-    key_spec: CodecSpec,
-    value_spec: CodecSpec,
-    batch: AttentionBatch,
-    work: Cut,
-    query: Float32s,
-    bias: Float32s,
-) -> tuple[Float32s, Float32s]:
-    """Launch the units and merge them: [kv_heads, rows, padded dim] results, [.., 3] states."""
-    kv_heads, tokens, group, padded = query.shape
-    dim, rows = key_spec.head_dim, tokens * group
-    results = np.empty((kv_heads, rows, padded), np.float32)
-    result_states = np.empty((kv_heads, rows, STATE_BYTES // 4), np.float32)
-    states = np.empty((work.places, STATE_BYTES // 4), np.float32)
-    outputs = aligned_empty((work.places, padded), np.float32)
+def _run(prepared: Prepared, batch: AttentionBatch, work: Cut, space: Workspace) -> None:
+    """Launch the units, which the threads claim one by one, and merge their results."""
+    kv_heads, tokens, group, padded = space.shapes["query"]
+    dim, rows = prepared.plan.dim, tokens * group
     root = dim**-0.5
-    gains = np.array([batch.scale * root, root, batch.logits_soft_cap], np.float32)
+    space.array("gains")[...] = batch.scale * root, root, batch.logits_soft_cap
     tables = np.ascontiguousarray(batch.block_tables, np.int64)
-    units = work.units.copy()
-    units[:, 0] = address(tables) + units[:, 0] * tables.strides[0]
-    fields: dict[str, int] = {
+    fields = {
+        "blocks": address(tables),
+        "blocks_pitch": tables.strides[0],
         "block_size": batch.block_size,
         "kv_heads": kv_heads,
-        "gains": address(gains),
-        "query": address(query),
-        "query_head": query.strides[0],
-        "bias": address(bias),
-        "bias_head": bias.strides[0],
+        "query_head": 4 * rows * padded,
+        "bias_head": 4 * rows,
         "first": address(work.first),
         "last": address(work.last),
-        "states": address(states),
-        "outputs": address(outputs),
-        "result_states": address(result_states),
-        "results": address(results),
-        "result_head": results.strides[0],
+        "result_head": 4 * rows * padded,
     }
+    for name in space.shapes:
+        fields[name] = space.address(name)
     sides = (
         ("key", batch.k_packed, batch.k_norms),
         ("value", batch.v_packed, batch.v_norms),
     )
     for side, packed, norms in sides:
-        fields[f"{side}_codes"], fields[f"{side}_norms"] = address(packed), address(norms)
-        for i, axis in enumerate(("block", "token", "head")):
-            fields[f"{side}_{axis}"] = packed.strides[i]
-            fields[f"{side}_norm_{axis}"] = norms.strides[i]
-    call = np.array([fields[name] for name in CALL], np.int64)
-    plan = Plan("attend", dim, key_spec.bits, value_bits=value_spec.bits)
-    most_rows = int(work.merges[:, MERGE.index("rows")].max())
-    scratch_bytes = attend_scratch_bytes(dim, most_rows, target().width)
-    key_tables = constants_of(key_spec).encode
-    value_tables = constants_of(value_spec).encode
-
-    def launch(plan: Plan, items: Ints, work_per_item: int) -> None:
-        kernel = compiled(plan)
-
-        def run(start: int, stop: int) -> None:
-            scratch = aligned_empty((scratch_bytes,), np.uint8)
-            status = kernel(
-                address(call),
-                0,
-                address(items) + start * items.strides[0],
-                0,
-                stop - start,
-                address(key_tables),
-                address(value_tables),
-                0,
-                address(scratch),
-                0,
+        for name, array in ((side, packed), (f"{side}_norm", norms)):
+            fields[f"{name}_block"], fields[f"{name}_token"], fields[f"{name}_head"] = (
+                array.strides[:3]
             )
-            check_status(status)
+        fields[f"{side}_codes"], fields[f"{side}_norms"] = address(packed), address(norms)
+    call = np.array([0, *(fields[name] for name in CALL[1:])], np.int64)
+    at_call, at_units, at_merges = address(call), address(work.units), address(work.merges)
+    scratch_bytes = attend_scratch_bytes(prepared.plan, work.most_rows, target().width)
+    tables_at = prepared.key_tables, prepared.value_tables
 
-        for_rows(len(items), work_per_item, run)
+    def attend(_start: int, _stop: int) -> None:
+        scratch, units = Workspace(scratch=(scratch_bytes // 4,)), len(work.units)
+        status = prepared.attend(at_call, 0, at_units, 0, units, *tables_at, 0, scratch.base, 0)
+        check_status(status)
 
-    if len(units):
-        tokens_per_unit = units[:, UNIT.index("stop")] - units[:, UNIT.index("start")]
-        launch(plan, units, int(tokens_per_unit.mean()) * kv_heads * dim)
-    launch(Plan("merge", dim), work.merges, kv_heads * most_rows * dim)
-    return results, result_states
+    def merge(start: int, stop: int) -> None:
+        at = at_merges + start * work.merges.strides[0]
+        check_status(prepared.merge(at_call, 0, at, 0, stop - start, *tables_at, 0, 0, 0))
+
+    threads = num_threads()
+    for_rows(threads, work.tokens * kv_heads * dim // threads, attend)
+    for_rows(len(work.merges), kv_heads * work.most_rows * dim, merge)
 
 
-_into: WeakKeyDictionary[CodecSpec, Float32s] = WeakKeyDictionary()
-_out: WeakKeyDictionary[CodecSpec, Float32s] = WeakKeyDictionary()
+def _cut_of(batch: AttentionBatch) -> Cut:
+    """`cut`, remembered: all layers of a step have the same lengths."""
+    starts, positions = batch.query_start_loc, batch.query_positions
+    return _cut_again(
+        batch.query_len if starts is None else starts.astype(np.int64).tobytes(),
+        None if positions is None else positions.astype(np.int64).tobytes(),
+        batch.context_lens.astype(np.int64).tobytes(),
+        batch.group,
+        batch.num_kv_heads,
+        batch.sliding_window,
+    )
+
+
+@lru_cache(maxsize=16)
+def _cut_again(
+    starts: int | bytes,
+    positions: bytes | None,
+    lens: bytes,
+    group: int,
+    kv_heads: int,
+    window: int,
+) -> Cut:
+    """starts : query tokens of each sequence, or first query tokens"""
+    contexts = np.frombuffer(lens, np.int64)
+    if isinstance(starts, int):
+        first = np.arange(len(contexts) + 1, dtype=np.int64) * starts
+    else:
+        first = np.frombuffer(starts, np.int64)
+    at = contexts - np.diff(first)
+    if positions is not None:
+        at = np.frombuffer(positions, np.int64)
+    return cut(first, at, contexts, group, kv_heads, window)
+
+
+_prepared: WeakKeyDictionary[CodecSpec, WeakKeyDictionary[CodecSpec, Prepared]]
+_prepared = WeakKeyDictionary()
+
+
+def _prepare(key_spec: CodecSpec, value_spec: CodecSpec) -> Prepared:
+    of_key = _prepared.setdefault(key_spec, WeakKeyDictionary())
+    known = of_key.get(value_spec)
+    if known is None:
+        plan = Plan("attend", key_spec.head_dim, key_spec.bits, value_bits=value_spec.bits)
+        known = of_key[value_spec] = Prepared(
+            plan,
+            compiled(plan),
+            compiled(Plan("merge", key_spec.head_dim)),
+            _into_tiles(key_spec),
+            _out_of_tiles(value_spec),
+            constants_of(key_spec).addresses["encode"],
+            constants_of(value_spec).addresses["encode"],
+        )
+    return known
 
 
 def _into_tiles(spec: CodecSpec) -> Float32s:
-    """[head_dim, padded] rotate and reorder: a column for each place of a tile row."""
-    if spec not in _into:
-        _into[spec] = np.ascontiguousarray(_out_of_tiles(spec).T)
-    return _into[spec]
+    """[head_dim, padded] rotate: a column for each coordinate of a key, zeros behind."""
+    width, dim = target().width, spec.head_dim
+    matrix = np.zeros((dim, registers_of(dim, width) * width), np.float32)
+    matrix[:, :dim] = spec.rotation.matrix.T
+    return matrix
 
 
 def _out_of_tiles(spec: CodecSpec) -> Float32s:
-    """[padded, head_dim] the inverse: row i of the rotation where its coordinate lies."""
-    if spec not in _out:
-        order = _order(spec.bits, spec.head_dim, target().width)
-        matrix = np.zeros((len(order), spec.head_dim), np.float32)
-        inside = order < spec.head_dim
-        matrix[inside] = spec.rotation.matrix[order[inside]]
-        _out[spec] = matrix
-    return _out[spec]
-
-
-@lru_cache(maxsize=64)
-def _order(bits: int, dim: int, width: int) -> Ints:
-    return coordinate_order(bits, dim, width)
+    """[padded, head_dim] rotate back: row i of the rotation where its coordinate lies."""
+    order = np.array(value_order(spec.bits, spec.head_dim, target().width))
+    matrix = np.zeros((len(order), spec.head_dim), np.float32)
+    inside = order < spec.head_dim
+    matrix[inside] = spec.rotation.matrix[order[inside]]
+    return matrix

@@ -128,13 +128,13 @@ class Simd:
     def store(self, value: Value, address: Value, offset: Offset = 0) -> None:
         self.b.store(value, self._pointer(address, offset)).align = 1
 
-    def prefetch(self, address: Value, size: int) -> None:
-        """Ask for `size` bytes from `address` on in the cache; any address will do."""
+    def prefetch(self, address: Value, size: int, *, level: int = 1) -> None:
+        """Ask for `size` bytes from `address` on in a level of the cache; any address will do."""
         pointer = ir.PointerType()
         kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
         function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
         for line in range(0, size, CACHE_LINE):
-            hints = (ir.Constant(I32, hint) for hint in (0, 3, 1))  # read, keep, data
+            hints = (ir.Constant(I32, hint) for hint in (0, 4 - level, 1))  # read, level, data
             self.b.call(function, [self._pointer(address, line), *hints])
 
     def _pointer(self, address: Value, offset: Offset) -> Value:

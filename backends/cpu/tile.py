@@ -1,25 +1,28 @@
-"""A tile: packed vectors looked up into rows of float32 centroids, coordinates in lane order.
+"""Codes of a tile of tokens on their way to centroids.
 
-Attention may take coordinates in any order, as long as queries and outputs follow it.  So one byte
-shuffle gives each lane a 32-bit window of consecutive codes, and register after register is shifted
-out of it: one shuffle for up to 32 / bits registers.
+A window is 32 bits with some consecutive codes of one vector; a register holds one window a lane.
+One byte shuffle, or none, makes windows of up to 32 / bits registers of codes; shifts pick codes.
+For values a register belongs to one token.  For keys windows are transposed, so that a register
+holds the same coordinates of as many tokens as it has lanes, and no sums over lanes are needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from .packing import packed_bytes
-from .simd import I8, Simd, Table, Value, vector
+from .simd import I8, Register, Simd, Table, Value, vector
 
-TILE = 32  # tokens: 16 kB at 128 dimensions, half of a small first-level cache
+TILE = 64  # tokens
+REGISTERS_AT_ONCE = 4  # of tokens of a key's coordinate, or of coordinates of a value
+
+Body = Callable[[Value, list[Register]], None]
+Address = Callable[[Value], Value]
 
 
 class LaneGroup(NamedTuple):
-    """Lane l holds the codes of coordinates start + l * codes .. + codes - 1, one a register."""
+    """Lane l holds the codes of coordinates start + l * codes .. + codes - 1."""
 
     start: int
     codes: int
@@ -51,31 +54,145 @@ def _first_bits(group: LaneGroup, bits: int, width: int) -> list[int]:
     return [(group.start + lane * group.codes) * bits for lane in range(width)]
 
 
-def coordinate_order(bits: int, dim: int, width: int) -> npt.NDArray[np.int64]:
-    """[registers * width] the coordinate in each place of a tile row; `dim` and more is padding."""
-    lanes = np.arange(width)
-    return np.concatenate(
-        [
-            group.start + lanes * group.codes + k
-            for group in lane_groups(bits, dim, width)
-            for k in range(group.codes)
+def value_order(bits: int, dim: int, width: int) -> list[int]:
+    """The coordinate in each place of a row of values; `dim` and more is padding.
+
+    Keys keep the order of coordinates.
+    """
+    return [
+        group.start + lane * group.codes + k
+        for group in lane_groups(bits, dim, width)
+        for k in range(group.codes)
+        for lane in range(width)
+    ]
+
+
+def window(s: Simd, group: LaneGroup, bits: int, dim: int, packed: Value) -> Register:
+    """The windows of one packed vector."""
+    first = _first_bits(group, bits, s.width)
+    begin = first[0] // 8
+    end = min(packed_bytes(dim, bits), (first[-1] + group.codes * bits + 7) // 8)
+    stream = s.load(vector(I8, end - begin), packed, begin)
+    bytes_in_order = range(4) if _keeps_bytes(group, bits) else range(3, -1, -1)
+    order = [min(bit // 8 + byte, end - 1) - begin for bit in first for byte in bytes_in_order]
+    windows = s.b.bitcast(s.shuffle(stream, None, order), s.ints)
+    if any(bit % 8 for bit in first):
+        windows = s.b.shl(windows, s.const_i([bit % 8 for bit in first]))
+    return windows
+
+
+def shift_of(group: LaneGroup, k: int, bits: int) -> int:
+    """Where the k-th code of a window begins; codes follow each other from high bits to low."""
+    if _keeps_bytes(group, bits):
+        return k * bits // 8 * 8 + 8 - bits - k * bits % 8
+    return 32 - bits * (k + 1)
+
+
+def _keeps_bytes(group: LaneGroup, bits: int) -> bool:
+    """Whether windows may keep the order of bytes: no code lies in two of them."""
+    return 8 % bits == 0 and group.codes * bits % 8 == 0
+
+
+class KeyWindows:
+    """Windows of a tile of keys in memory: int32 [groups, lanes, copies, TILE].
+
+    Codes of 4 bits begin at a byte or in the middle of one.  Their windows are kept twice, once
+    shifted by half a byte; then a load from an odd address does what a shift would do, while the
+    units that shift and multiply have other work.
+    """
+
+    def __init__(self, s: Simd, bits: int, dim: int, address: Value, table: Table) -> None:
+        self.s, self.bits, self.dim, self.address, self.table = s, bits, dim, address, table
+        self.groups, self.copies = lane_groups(bits, dim, s.width), copies_of(bits)
+
+    def write(self, rows: Callable[[Value], list[Value]]) -> None:
+        """rows(i) are the addresses of packed keys i * width .. i * width + width - 1."""
+        s = self.s
+        with s.loop(TILE // s.width) as i:
+            packed = rows(i)
+            here = s.at(self.address, s.times(i, 4 * s.width))
+            for number, group in enumerate(self.groups):
+                rows_of = [window(s, group, self.bits, self.dim, row) for row in packed]
+                for lane, windows in enumerate(transpose(s, rows_of)):
+                    place = (number * s.width + lane) * self.copies
+                    for copy in range(self.copies):
+                        shifted = s.b.lshr(windows, s.const_i(copy * self.bits))
+                        s.store(shifted, here, 4 * TILE * (place + copy))
+
+    def each_coordinate(self, tokens: Value, body: Body) -> None:
+        """body(coordinate, its centroids for REGISTERS_AT_ONCE registers of tokens).
+
+        tokens : number of the first register of tokens
+        """
+        s = self.s
+        for number, group in enumerate(self.groups):
+            with s.loop(s.width) as lane:
+                place = s.times(s.at(lane, number * s.width), 4 * TILE * self.copies)
+                here = s.at(s.at(self.address, place), s.times(tokens, 4 * s.width))
+                first = s.at(s.times(lane, group.codes), group.start)
+                for k in range(group.codes):
+                    codes = [
+                        self._codes(group, k, s.at(here, 4 * s.width * t))
+                        for t in range(REGISTERS_AT_ONCE)
+                    ]
+                    body(s.at(first, k), [self.table(code) for code in codes])
+
+    def _codes(self, group: LaneGroup, k: int, address: Value) -> Register:
+        """The k-th code of each window, with other bits above it."""
+        s, shift = self.s, shift_of(group, k, self.bits)
+        if self.copies * self.bits == 8:
+            return s.load(s.ints, address, 4 * TILE * (shift % 8 // self.bits) + shift // 8)
+        return s.b.lshr(s.load(s.ints, address), s.const_i(shift))
+
+
+def copies_of(bits: int) -> int:
+    """How often windows of keys are kept, each copy shifted by a code more."""
+    return 2 if bits == 4 else 1
+
+
+def key_windows_bytes(bits: int, dim: int, width: int) -> int:
+    """Memory for a tile's windows, and what a load from an odd address reads behind them."""
+    return 4 * width * (TILE * len(lane_groups(bits, dim, width)) * copies_of(bits) + 1)
+
+
+class PackedValues:
+    """Values of a tile, straight from the cache.
+
+    packed : address of a token's codes, by its number in the tile
+    coming : the same for a later tile, to be nearer by then
+    """
+
+    def __init__(
+        self, s: Simd, bits: int, dim: int, packed: Address, coming: Address, table: Table
+    ) -> None:
+        self.s, self.bits, self.dim = s, bits, dim
+        self.packed, self.coming, self.table = packed, coming, table
+        groups = lane_groups(bits, dim, s.width)
+        self.places = [(group, k) for group in groups for k in range(group.codes)]
+
+    def registers(self, token: Value, places: range) -> list[Register]:
+        """Centroids in some places of a token's row."""
+        s, bits = self.s, self.bits
+        if places.start == 0:
+            s.prefetch(self.coming(token), packed_bytes(self.dim, bits), level=2)
+        found, packed = self.places[places.start : places.stop], self.packed(token)
+        windows = {group: window(s, group, bits, self.dim, packed) for group, _ in found}
+        return [
+            self.table(s.b.lshr(windows[group], s.const_i(shift_of(group, k, bits))))
+            for group, k in found
         ]
-    )
 
 
-def look_up(s: Simd, table: Table, bits: int, dim: int, packed: Value, row: Value) -> None:
-    """Write the centroids of one packed vector into a tile row; padding gets any centroid."""
-    size, place = packed_bytes(dim, bits), 0
-    for group in lane_groups(bits, dim, s.width):
-        first = _first_bits(group, bits, s.width)
-        begin = first[0] // 8
-        end = min(size, (first[-1] + group.codes * bits + 7) // 8)
-        stream = s.load(vector(I8, end - begin), packed, begin)
-        order = [
-            min(bit // 8 + byte, end - 1) - begin for bit in first for byte in (3, 2, 1, 0)
-        ]  # first code in the high bits of its window
-        window = s.b.bitcast(s.shuffle(stream, None, order), s.ints)
-        for k in range(group.codes):
-            shift = [32 - bit % 8 - bits * (k + 1) for bit in first]
-            s.store(table(s.b.lshr(window, s.const_i(shift))), row, 4 * s.width * place)
-            place += 1
+def transpose(s: Simd, rows: list[Register]) -> list[Register]:
+    """Lane i of row j becomes lane j of row i."""
+    rows, width = list(rows), s.width
+    stride = 1
+    while stride < width:
+        low = [j if not j & stride else width + j - stride for j in range(width)]
+        high = [lane + stride for lane in low]
+        for i in range(width):
+            if not i & stride:
+                a, b = rows[i], rows[i + stride]
+                rows[i], rows[i + stride] = s.shuffle(a, b, low), s.shuffle(a, b, high)
+        stride *= 2
+    return rows
