@@ -7,7 +7,7 @@ side in memory.  Units never share results, so nothing depends on how they are s
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -25,7 +25,7 @@ from .attend import (
 from .kernels import Arguments, Plan
 from .packing import packed_bytes
 from .quantize import values_table
-from .simd import F32, I32, I64, Simd, Value
+from .simd import CACHE_LINE, F32, I32, I64, Simd, Value
 from .softmax import NOTHING, STATE_BYTES, exp, softmax_row, variable
 from .tile import TILE, Address, KeyWindows, PackedValues, key_windows_bytes, registers_of
 
@@ -38,7 +38,7 @@ CALL = (
     *("value_codes", "value_block", "value_token", "value_head"),
     *("value_norms", "value_norm_block", "value_norm_token", "value_norm_head"),
     *("block_size", "kv_heads"),
-    "gains",  # float32: of keys, of values, the soft cap or 0
+    "soft_cap",  # float32, 0 for none
     *("query", "query_head"),  # float32 [kv_heads, rows of the batch, registers * width]
     *("bias", "bias_head"),  # float32 [kv_heads, rows], added to scaled scores
     *("first", "last"),  # int32 [rows], the tokens each row sees
@@ -64,8 +64,9 @@ class Fields:
         return self.s.load(I64, self.address, 8 * self.names.index(name))
 
 
+@lru_cache(maxsize=64)
 def attend_scratch_bytes(plan: Plan, rows: int, width: int) -> int:
-    """The offsets of two tiles, gains, a tile, windows, scores."""
+    """The offsets of two tiles, norms, a tile, windows, scores."""
     tile = 4 * width * registers_of(plan.dim, width) * TILE
     windows = key_windows_bytes(plan.bits, plan.dim, width)
     return 2 * 8 * TILE * len(OFFSETS) + tile + windows + 4 * TILE * (rows + 2)
@@ -76,8 +77,8 @@ class Scratch:
 
     def __init__(self, s: Simd, plan: Plan, base: Value) -> None:
         self.offsets = base  # int64 [2, len(OFFSETS), TILE]
-        self.gains = s.at(base, 2 * 8 * TILE * len(OFFSETS))  # float32 [2, TILE]
-        self.tile = s.at(self.gains, 2 * 4 * TILE)
+        self.norms = s.at(base, 2 * 8 * TILE * len(OFFSETS))  # float32 [2, TILE]
+        self.tile = s.at(self.norms, 2 * 4 * TILE)
         self.windows = s.at(self.tile, 4 * s.width * registers_of(plan.dim, s.width) * TILE)
         self.scores = s.at(self.windows, key_windows_bytes(plan.bits, plan.dim, s.width))
 
@@ -131,8 +132,8 @@ def _attend_unit(s: Simd, plan: Plan, a: Arguments, call: Fields, unit: Fields) 
             output = s.at(outputs, s.times(done, pitch))
             query = s.at(call["query"], b.mul(h, call["query_head"]))
             query = s.at(query, s.times(unit["row"], pitch))
-            # The gains come first, so that their stores are done when vectors of them are loaded.
-            s.outlined("gains", _gather_gains, a.source, h, here, scratch.gains)
+            # The norms come first, so that their stores are done when vectors of them are loaded.
+            s.outlined("norms", _gather_norms, a.source, h, here, scratch.norms)
             where = (a.source, h, here, ahead, a.scratch)
             s.outlined("windows", partial(_write_windows, plan), a.tables, *where)
             few = b.icmp_signed("<=", rows, s.int64(rows_at_once(s)))
@@ -282,7 +283,10 @@ def _codes(
 
 
 def _locate(s: Simd, call: Fields, unit: Fields, first: Value, offsets: Value) -> None:
-    """Byte offsets of TILE tokens from `first` on; behind the last token, the last one again."""
+    """Byte offsets of TILE tokens from `first` on; behind the last token, the last one again.
+
+    The norms there, of the first heads at least, are fetched into the cache: they are few.
+    """
     b = s.b
     block_size, final = call["block_size"], b.sub(unit["stop"], s.int64(1))
     start = b.select(b.icmp_signed("<", first, final), first, final)
@@ -295,9 +299,11 @@ def _locate(s: Simd, call: Fields, unit: Fields, first: Value, offsets: Value) -
     b.store(b.urem(start, block_size), slot)
     with s.loop(TILE) as j:
         block = s.load(I64, table, s.times(b.load(page), 8))
-        for i in range(len(OFFSETS)):
+        for i, name in enumerate(OFFSETS):
             offset = b.add(b.mul(block, by_block[i]), b.mul(b.load(slot), by_token[i]))
             s.store(offset, offsets, s.at(s.times(j, 8), 8 * TILE * i))
+            if name.endswith("norms"):
+                s.prefetch(s.at(call[name], offset), CACHE_LINE)
         more = b.zext(b.icmp_signed("<", b.add(first, j), final), I64)
         following = b.add(b.load(slot), more)
         turned = b.icmp_signed("==", following, block_size)
@@ -309,15 +315,14 @@ def _offset(s: Simd, offsets: Value, name: str, j: Value) -> Value:
     return s.load(I64, offsets, s.at(s.times(j, 8), 8 * TILE * OFFSETS.index(name)))
 
 
-def _gather_gains(s: Simd, call_address: Value, head: Value, here: Value, gains: Value) -> None:
-    """Norms of the tile's tokens, times the gain of their side: [2 (keys, values), TILE]."""
+def _gather_norms(s: Simd, call_address: Value, head: Value, here: Value, norms: Value) -> None:
+    """Norms of the tile's tokens side by side: [2 (keys, values), TILE]."""
     call = Fields(s, call_address, CALL)
     for i, side in enumerate(("key", "value")):
         base = s.at(call[f"{side}_norms"], s.b.mul(head, call[f"{side}_norm_head"]))
-        gain = s.load(F32, call["gains"], 4 * i)
         with s.loop(TILE) as j:
             norm = s.load(F32, s.at(base, _offset(s, here, f"{side}_norms", j)))
-            s.store(s.b.fmul(norm, gain), gains, s.at(s.times(j, 4), 4 * TILE * i))
+            s.store(norm, norms, s.at(s.times(j, 4), 4 * TILE * i))
 
 
 def _softmax(
@@ -334,7 +339,7 @@ def _softmax(
     b = s.b
     call, unit = Fields(s, call_address, CALL), Fields(s, unit_address, UNIT)
     scratch = Scratch(s, plan, scratch_address)
-    cap = s.load(F32, call["gains"], 8)
+    cap = s.load(F32, call["soft_cap"])
     end = b.trunc(b.sub(unit["stop"], first), I32)
     begin = b.trunc(first, I32)
     with s.loop(unit["rows"]) as r:
@@ -346,8 +351,8 @@ def _softmax(
         softmax_row(
             s,
             s.at(scratch.scores, s.times(r, 4 * TILE)),
-            scratch.gains,
-            s.at(scratch.gains, 4 * TILE),
+            scratch.norms,
+            s.at(scratch.norms, 4 * TILE),
             bias,
             cap,
             low,

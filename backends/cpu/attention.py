@@ -80,7 +80,7 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
     space = Workspace(
         query=(kv_heads, tokens, group, padded),
         bias=(kv_heads, tokens, group),
-        gains=(3,),
+        soft_cap=(1,),
         states=(work.places, STATE_BYTES // 4),
         outputs=(work.places, padded),
         result_states=(kv_heads, tokens, group, STATE_BYTES // 4),
@@ -89,7 +89,8 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
     plain = batch.query.astype(np.float32, copy=False)
     rotated = plain.reshape(-1, dim) @ prepared.into_tiles
     rotated = rotated.reshape(tokens, kv_heads, group, padded)
-    space.array("query")[...] = rotated.transpose(1, 0, 2, 3)
+    gain = np.float32(batch.scale * dim**-0.5)  # scores are sums over z = sqrt(dim) * coordinates
+    np.multiply(rotated.transpose(1, 0, 2, 3), gain, out=space.array("query"))
     space.array("bias")[...] = _offset_scores(batch, plain)
     _run(prepared, batch, work, space)
 
@@ -123,8 +124,7 @@ def _run(prepared: Prepared, batch: AttentionBatch, work: Cut, space: Workspace)
     """Launch the units, which the threads claim one by one, and merge their results."""
     kv_heads, tokens, group, padded = space.shapes["query"]
     dim, rows = prepared.plan.dim, tokens * group
-    root = dim**-0.5
-    space.array("gains")[...] = batch.scale * root, root, batch.logits_soft_cap
+    space.array("soft_cap")[...] = batch.logits_soft_cap
     tables = np.ascontiguousarray(batch.block_tables, np.int64)
     fields = {
         "blocks": address(tables),
@@ -232,9 +232,9 @@ def _into_tiles(spec: CodecSpec) -> Float32s:
 
 
 def _out_of_tiles(spec: CodecSpec) -> Float32s:
-    """[padded, head_dim] rotate back: row i of the rotation where its coordinate lies."""
+    """[padded, head_dim] rotate centroids back: row i of the rotation where coordinate i lies."""
     order = np.array(value_order(spec.bits, spec.head_dim, target().width))
     matrix = np.zeros((len(order), spec.head_dim), np.float32)
     inside = order < spec.head_dim
-    matrix[inside] = spec.rotation.matrix[order[inside]]
+    matrix[inside] = spec.rotation.matrix[order[inside]] * np.float32(spec.head_dim**-0.5)
     return matrix

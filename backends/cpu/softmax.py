@@ -19,8 +19,8 @@ NOTHING = -1e30  # for minus infinity, where a difference of two must not be NaN
 def softmax_row(
     s: Simd,
     scores: Value,
-    key_gains: Value,
-    value_gains: Value,
+    key_norms: Value,
+    value_norms: Value,
     bias: Value,
     soft_cap: Value,
     first: Value,
@@ -29,8 +29,8 @@ def softmax_row(
 ) -> None:
     """Turn a row of raw scores into weights of the tile's vectors, online.
 
-    scores : [TILE] floats, replaced by exp(score - maximum) * value gain
-    key_gains, value_gains : [TILE] floats, what the looked-up vectors must be multiplied by
+    scores : [TILE] floats, replaced by exp(score - maximum) * value norm
+    key_norms, value_norms : [TILE] floats
     bias : float, added to each scaled score
     soft_cap : float, 0 for none
     first, last : i32, visible tokens of the tile are those from `first` to before `last`
@@ -45,8 +45,8 @@ def softmax_row(
     x = []
     for k in range(count):
         here = 4 * s.width * k
-        gain = s.load(s.floats, key_gains, here)
-        score = s.multiply_add(s.load(s.floats, scores, here), gain, s.splat(bias))
+        norm = s.load(s.floats, key_norms, here)
+        score = s.multiply_add(s.load(s.floats, scores, here), norm, s.splat(bias))
         x.append(variable(s, score))
     with b.if_then(b.fcmp_ordered(">", soft_cap, ir.Constant(F32, 0.0)), likely=False):
         cap = s.splat(soft_cap)
@@ -67,7 +67,7 @@ def softmax_row(
     s.store(s.first(total), state, 4)
     for k, w in enumerate(weights):
         here = 4 * s.width * k
-        s.store(b.fmul(w, s.load(s.floats, value_gains, here)), scores, here)
+        s.store(b.fmul(w, s.load(s.floats, value_norms, here)), scores, here)
 
 
 def _raise_maximum(s: Simd, x: list[Register], state: Value) -> Register:
