@@ -88,23 +88,37 @@ def emit_attend(s: Simd, plan: Plan, a: Arguments) -> None:
 
     a.source holds the call, a.tables the tables of the keys, a.signs those of the values.
     """
-    b = s.b
-    claim, begin, end = (b.append_basic_block(name) for name in ("claim", "begin", "end"))
-    b.branch(claim)
-    b.position_at_end(claim)
-    counter = b.inttoptr(s.at(a.source, 8 * CALL.index("claimed")), ir.PointerType())
-    number = b.atomic_rmw("add", counter, s.int64(1), "monotonic")
+    b, call = s.b, Fields(s, a.source, CALL)
+    check, begin, end = (b.append_basic_block(name) for name in ("check", "begin", "end"))
+    claimed = cgutils.alloca_once(b, I64)
+    b.store(_claim(s, call), claimed)
+    b.branch(check)
+    b.position_at_end(check)
+    number = b.load(claimed)
     b.cbranch(b.icmp_signed("<", number, a.rows), begin, end)
     b.position_at_end(begin)
-    unit = s.at(a.target, s.times(number, 8 * len(UNIT)))
-    _attend_unit(s, plan, a, Fields(s, a.source, CALL), Fields(s, unit, UNIT))
-    b.branch(claim)
+    _attend_unit(s, plan, a, call, _unit(s, a, number), claimed)
+    b.branch(check)
     b.position_at_end(end)
 
 
-def _attend_unit(s: Simd, plan: Plan, a: Arguments, call: Fields, unit: Fields) -> None:
+def _claim(s: Simd, call: Fields) -> Value:
+    """Number of a unit that no thread has begun, or beyond the last one."""
+    counter = s.at(call.address, 8 * CALL.index("claimed"))
+    pointer = s.b.inttoptr(counter, ir.PointerType())
+    return s.b.atomic_rmw("add", pointer, s.int64(1), "monotonic")
+
+
+def _unit(s: Simd, a: Arguments, number: Value) -> Fields:
+    return Fields(s, s.at(a.target, s.times(number, 8 * len(UNIT))), UNIT)
+
+
+def _attend_unit(
+    s: Simd, plan: Plan, a: Arguments, call: Fields, unit: Fields, claimed: Value
+) -> None:
+    """One unit; the next one is claimed during the last tile, to fetch its first tile ahead."""
     b = s.b
-    start, stop, rows = unit["start"], unit["stop"], unit["rows"]
+    start, stop, rows, number = unit["start"], unit["stop"], unit["rows"], b.load(claimed)
     place, heads = unit["place"], call["kv_heads"]
     registers = registers_of(plan.dim, s.width)
     pitch = 4 * s.width * registers
@@ -125,7 +139,14 @@ def _attend_unit(s: Simd, plan: Plan, a: Arguments, call: Fields, unit: Fields) 
         odd = s.times(b.and_(i, s.int64(1)), size)
         here = s.at(scratch.offsets, odd)
         ahead = s.at(scratch.offsets, b.sub(s.int64(size), odd))
-        _locate(s, call, unit, b.add(first, s.int64(TILE)), ahead)
+        is_last = b.icmp_signed("==", s.at(i, 1), tiles)
+        with b.if_then(is_last):
+            b.store(_claim(s, call), claimed)
+        following = b.load(claimed)
+        leave = b.and_(is_last, b.icmp_signed("<", following, a.rows))
+        next_unit = _unit(s, a, b.select(leave, following, number))
+        coming = b.select(leave, next_unit["start"], s.at(first, TILE))
+        _locate(s, call, next_unit, coming, ahead)
         with s.loop(heads) as h:
             done = b.mul(h, rows)
             state = s.at(states, s.times(done, STATE_BYTES))
