@@ -1,7 +1,7 @@
 """Attention on the host side: what happens before and after the kernels.
 
-Queries are rotated and padded by one matrix product; the merged outputs, whose coordinates lie in
-the order of their registers, come back by another.
+Queries are rotated by one matrix product; the merged outputs, whose coordinates lie in the order of
+their registers, come back by another.  All rows are padded to whole registers.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class Prepared(NamedTuple):
     plan: Plan
     attend: Kernel
     merge: Kernel
-    into_tiles: Float32s  # [head_dim, padded] rotates keys' queries
-    out_of_tiles: Float32s  # [padded, head_dim] rotates values back
+    project: Kernel
+    into_tiles: Float32s  # [padded, padded] rotates queries
+    out_of_tiles: Float32s  # [padded, padded] rotates outputs back
     key_tables: int
     value_tables: int
 
@@ -76,25 +77,29 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
         return
     work = _cut_of(batch)
     prepared = _prepare(key_spec, value_spec)
-    rows, padded = tokens * group, prepared.into_tiles.shape[1]
+    rows, padded = tokens * group, len(prepared.into_tiles)
     space = Workspace(
-        query=(kv_heads, tokens, group, padded),
+        plain=(kv_heads, tokens, group, padded),
+        query=(kv_heads * rows, padded),
         bias=(kv_heads, tokens, group),
         soft_cap=(1,),
         states=(work.places, STATE_BYTES // 4),
         outputs=(work.places, padded),
         result_states=(kv_heads, tokens, group, STATE_BYTES // 4),
         results=(kv_heads * rows, padded),
+        final=(kv_heads, tokens, group, padded),
     )
-    plain = batch.query.astype(np.float32, copy=False)
-    rotated = plain.reshape(-1, dim) @ prepared.into_tiles
-    rotated = rotated.reshape(tokens, kv_heads, group, padded)
+    query = batch.query.astype(np.float32, copy=False).reshape(tokens, kv_heads, group, dim)
     gain = np.float32(batch.scale * dim**-0.5)  # scores are sums over z = sqrt(dim) * coordinates
-    np.multiply(rotated.transpose(1, 0, 2, 3), gain, out=space.array("query"))
-    space.array("bias")[...] = _offset_scores(batch, plain)
+    plain = space.array("plain")
+    np.multiply(query.transpose(1, 0, 2, 3), gain, out=plain[..., :dim])
+    plain[..., dim:] = 0
+    space.array("bias")[...] = _offset_scores(batch, query)
+    _project(prepared, space, "plain", prepared.into_tiles, "query")
     _run(prepared, batch, work, space)
+    _project(prepared, space, "results", prepared.out_of_tiles, "final")
 
-    out = (space.array("results") @ prepared.out_of_tiles).reshape(kv_heads, tokens, group, dim)
+    out = space.array("final")[..., :dim]
     states = space.array("result_states")
     top, total = states[..., 0], states[..., 1]
     with np.errstate(divide="ignore", over="ignore"):
@@ -108,21 +113,39 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
 
 
 def _offset_scores(batch: AttentionBatch, query: Float32s) -> Float32s | float:
-    """[kv_heads, tokens, group] what the key offset adds to the scaled scores."""
+    """[kv_heads, tokens, group] what the key offset adds to the scaled scores.
+
+    query : [tokens, kv_heads, group, head_dim]
+    """
     if batch.key_offset is None:
         return 0.0
     counts: Any = batch.query_len
     if batch.query_start_loc is not None:
         counts = np.diff(batch.query_start_loc)
     offset = np.repeat(batch.key_offset, counts, axis=0)
-    by_head = query.reshape(len(query), batch.num_kv_heads, batch.group, -1)
-    scores: Float32s = np.einsum("tkgd,tkd->ktg", by_head, offset)
+    scores: Float32s = np.einsum("tkgd,tkd->ktg", query, offset)
     return scores * np.float32(batch.scale)
+
+
+def _project(
+    prepared: Prepared, space: Workspace, source: str, matrix: Float32s, target: str
+) -> None:
+    """Rows of one array times a matrix become rows of another."""
+    from_, to, at_matrix = space.address(source), space.address(target), address(matrix)
+    padded = len(matrix)
+
+    def run(start: int, stop: int) -> None:
+        skip, rows = 4 * padded * start, stop - start
+        tables = prepared.key_tables
+        status = prepared.project(from_ + skip, 0, to + skip, 0, rows, tables, at_matrix, 0, 0, 0)
+        check_status(status)
+
+    for_rows(math.prod(space.shapes[source]) // padded, padded, run)
 
 
 def _run(prepared: Prepared, batch: AttentionBatch, work: Cut, space: Workspace) -> None:
     """Launch the units, which the threads claim one by one, and merge their results."""
-    kv_heads, tokens, group, padded = space.shapes["query"]
+    kv_heads, tokens, group, padded = space.shapes["plain"]
     dim, rows = prepared.plan.dim, tokens * group
     space.array("soft_cap")[...] = batch.logits_soft_cap
     tables = np.ascontiguousarray(batch.block_tables, np.int64)
@@ -215,6 +238,7 @@ def _prepare(key_spec: CodecSpec, value_spec: CodecSpec) -> Prepared:
             plan,
             compiled(plan),
             compiled(Plan("merge", key_spec.head_dim)),
+            compiled(Plan("project", key_spec.head_dim)),
             _into_tiles(key_spec),
             _out_of_tiles(value_spec),
             constants_of(key_spec).addresses["encode"],
@@ -224,17 +248,21 @@ def _prepare(key_spec: CodecSpec, value_spec: CodecSpec) -> Prepared:
 
 
 def _into_tiles(spec: CodecSpec) -> Float32s:
-    """[head_dim, padded] rotate: a column for each coordinate of a key, zeros behind."""
-    width, dim = target().width, spec.head_dim
-    matrix = np.zeros((dim, registers_of(dim, width) * width), np.float32)
-    matrix[:, :dim] = spec.rotation.matrix.T
+    """A column of the rotation for each coordinate of a key, zeros behind."""
+    matrix, dim = _square(spec), spec.head_dim
+    matrix[:dim, :dim] = spec.rotation.matrix.T
     return matrix
 
 
 def _out_of_tiles(spec: CodecSpec) -> Float32s:
-    """[padded, head_dim] rotate centroids back: row i of the rotation where coordinate i lies."""
-    order = np.array(value_order(spec.bits, spec.head_dim, target().width))
-    matrix = np.zeros((len(order), spec.head_dim), np.float32)
-    inside = order < spec.head_dim
-    matrix[inside] = spec.rotation.matrix[order[inside]] * np.float32(spec.head_dim**-0.5)
+    """Row i of the rotation in the place of coordinate i of a value, for centroids of z."""
+    matrix, dim = _square(spec), spec.head_dim
+    order = np.array(value_order(spec.bits, dim, target().width))
+    inside = order < dim
+    matrix[inside, :dim] = spec.rotation.matrix[order[inside]] * np.float32(dim**-0.5)
     return matrix
+
+
+def _square(spec: CodecSpec) -> Float32s:
+    size = registers_of(spec.head_dim, target().width) * target().width
+    return np.zeros((size, size), np.float32)

@@ -22,6 +22,7 @@ from numba import njit, types
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.extending import intrinsic
 
+from .attend import emit_project
 from .attend_units import emit_attend, emit_merge
 from .decode import emit_decode, emit_look_up, emit_score
 from .dense import emit_decode_product, emit_encode_product, emit_fix
@@ -41,6 +42,7 @@ BODIES = {
     "decode_product": emit_decode_product,
     "attend": emit_attend,
     "merge": emit_merge,
+    "project": emit_project,
 }
 SIGNATURE = types.int64(*[types.int64] * len(Arguments._fields))
 

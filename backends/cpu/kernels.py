@@ -25,7 +25,7 @@ class Plan:
     Attributes
     ----------
     kind : {"encode", "fix", "encode_product", "decode", "look_up", "score", "decode_product",
-        "attend", "merge"}
+        "attend", "merge", "project"}
     dim, bits : int
     dtype : str
         Element type of the vectors on the side that is not codes.
