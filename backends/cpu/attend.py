@@ -2,8 +2,8 @@
 
 Each row of queries, weights and outputs belongs to one query head of one query token.  Sums stay in
 registers for a block of (width / 4) rows and REGISTERS_AT_ONCE registers: of tokens for scores, of
-coordinates for outputs.  Up to a block of rows, centroids go from the look-up into the sums; for
-more rows the tile's centroids are written to memory once.
+coordinates for outputs.  For a block or two of rows, centroids go from the look-up into the sums;
+for more rows the tile's centroids are written to memory once.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ def _attend_unit(
             s.outlined("norms", _gather_norms, a.source, h, here, scratch.norms)
             where = (a.source, h, here, ahead, a.scratch)
             s.outlined("windows", partial(_write_windows, plan), a.tables, *where)
-            few = b.icmp_signed("<=", rows, s.int64(rows_at_once(s)))
+            few = b.icmp_signed("<=", rows, s.int64(most_rows_looked_up(s, plan)))
             scores = (a.scratch, rows, query)
             with b.if_else(few) as (then, otherwise):
                 with then:
@@ -174,6 +174,13 @@ def _attend_unit(
                 with otherwise:
                     s.outlined("value_tile", partial(_write_value_tile, plan), a.signs, *where)
                     s.outlined("outputs_of_tile", partial(_outputs_of_tile, plan), *outputs)
+
+
+def most_rows_looked_up(s: Simd, plan: Plan) -> int:
+    """Up to how many rows it costs less to look up for each block than to fill tiles."""
+    in_one_step = {"avx512": 32, "avx2": 8, "generic": 0}[s.target.level]
+    cheap = max(1 << plan.bits, 1 << plan.value_bits) <= in_one_step
+    return rows_at_once(s) * (2 if cheap else 1)
 
 
 def _write_windows(

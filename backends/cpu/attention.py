@@ -38,8 +38,10 @@ class Prepared(NamedTuple):
     attend: Kernel
     merge: Kernel
     project: Kernel
-    into_tiles: Float32s  # [padded, padded] rotates queries
-    out_of_tiles: Float32s  # [padded, padded] rotates outputs back
+    padded: int
+    matrices: tuple[Float32s, Float32s]  # [padded, padded]
+    into_tiles: int  # address of the first one, which rotates queries
+    out_of_tiles: int  # of the second one, which rotates outputs back
     key_tables: int
     value_tables: int
 
@@ -77,7 +79,7 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
         return
     work = _cut_of(batch)
     prepared = _prepare(key_spec, value_spec)
-    rows, padded = tokens * group, len(prepared.into_tiles)
+    rows, padded = tokens * group, prepared.padded
     space = Workspace(
         plain=(kv_heads, tokens, group, padded),
         query=(kv_heads * rows, padded),
@@ -93,7 +95,8 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
     gain = np.float32(batch.scale * dim**-0.5)  # scores are sums over z = sqrt(dim) * coordinates
     plain = space.array("plain")
     np.multiply(query.transpose(1, 0, 2, 3), gain, out=plain[..., :dim])
-    plain[..., dim:] = 0
+    if padded > dim:
+        plain[..., dim:] = 0
     space.array("bias")[...] = _offset_scores(batch, query)
     _project(prepared, space, "plain", prepared.into_tiles, "query")
     _run(prepared, batch, work, space)
@@ -127,17 +130,14 @@ def _offset_scores(batch: AttentionBatch, query: Float32s) -> Float32s | float:
     return scores * np.float32(batch.scale)
 
 
-def _project(
-    prepared: Prepared, space: Workspace, source: str, matrix: Float32s, target: str
-) -> None:
-    """Rows of one array times a matrix become rows of another."""
-    from_, to, at_matrix = space.address(source), space.address(target), address(matrix)
-    padded = len(matrix)
+def _project(prepared: Prepared, space: Workspace, source: str, matrix: int, target: str) -> None:
+    """Rows of one array times the matrix at an address become rows of another."""
+    from_, to, padded = space.address(source), space.address(target), prepared.padded
 
     def run(start: int, stop: int) -> None:
         skip, rows = 4 * padded * start, stop - start
         tables = prepared.key_tables
-        status = prepared.project(from_ + skip, 0, to + skip, 0, rows, tables, at_matrix, 0, 0, 0)
+        status = prepared.project(from_ + skip, 0, to + skip, 0, rows, tables, matrix, 0, 0, 0)
         check_status(status)
 
     for_rows(math.prod(space.shapes[source]) // padded, padded, run)
@@ -234,13 +234,16 @@ def _prepare(key_spec: CodecSpec, value_spec: CodecSpec) -> Prepared:
     known = of_key.get(value_spec)
     if known is None:
         plan = Plan("attend", key_spec.head_dim, key_spec.bits, value_bits=value_spec.bits)
+        matrices = _into_tiles(key_spec), _out_of_tiles(value_spec)
         known = of_key[value_spec] = Prepared(
             plan,
             compiled(plan),
             compiled(Plan("merge", key_spec.head_dim)),
             compiled(Plan("project", key_spec.head_dim)),
-            _into_tiles(key_spec),
-            _out_of_tiles(value_spec),
+            len(matrices[0]),
+            matrices,
+            address(matrices[0]),
+            address(matrices[1]),
             constants_of(key_spec).addresses["encode"],
             constants_of(value_spec).addresses["encode"],
         )
