@@ -172,14 +172,15 @@ def emit_project(s: Simd, plan: Plan, a: Arguments) -> None:
     pitch = 4 * s.width * registers
     matrix = ValueTile(s, plan.dim, a.signs)
 
-    def block(row: Value, count: int) -> None:
-        source, target = (s.at(x, s.times(row, pitch)) for x in (a.source, a.target))
-        for start in range(0, registers, REGISTERS_AT_ONCE):
-            part = range(start, min(start + REGISTERS_AT_ONCE, registers))
+    for start in range(0, registers, REGISTERS_AT_ONCE):  # a part of the matrix stays in the cache
+        part = range(start, min(start + REGISTERS_AT_ONCE, registers))
+
+        def block(row: Value, count: int, part: range = part) -> None:
+            source, target = (s.at(x, s.times(row, pitch)) for x in (a.source, a.target))
             cells = [variable(s, s.const_f(0.0)) for _ in range(count * len(part))]
             add_products(s, cells, count, registers * s.width, matrix, part, source)
             for i, cell in enumerate(cells):
                 r, k = i // len(part), part[i % len(part)]
                 s.store(s.b.load(cell), target, r * pitch + 4 * s.width * k)
 
-    in_blocks_of_rows(s, a.rows, block)
+        in_blocks_of_rows(s, a.rows, block)
