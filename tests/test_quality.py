@@ -21,6 +21,9 @@ from quality_cache import (
 )
 from quality_page import page
 from quality_results import Results, bytes_per_token
+from smollm2.loader import find_weights, load_weights
+from smollm2.model import Model
+from smollm2.tokenizer import ChatTokenizer
 
 BENCHMARKS = Path(__file__).parent.parent / "docs" / "benchmarks"
 HEADS = 9
@@ -67,6 +70,42 @@ def test_all_tokens_at_once_equal_the_cache_step_by_step(
     result = simulated(0, q, k, v)
     np.testing.assert_allclose(result, np.concatenate(outputs), atol=1e-4)
     assert np.abs(result - exact).max() > 0.1  # it is not the float cache
+
+
+def test_with_the_real_model() -> None:
+    """Hidden states of a text, token by token through the cache: the same, layer upon layer."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("tokenizers")
+    try:
+        find_weights()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    model = Model(load_weights())
+    licence = Path(__file__).parent.parent / "LICENSE"
+    ids = np.array(ChatTokenizer().encode(licence.read_text("utf-8"))[:80], np.int64)
+    setting = {"key_bits": 3, "value_bits": 3, "recent_tokens": 16}
+    layout = Layout.make(len(ids))
+    simulated, exact = (
+        model.forward(ids, layout.positions, attend)
+        for attend in (SimulatedCache(layer_caches(setting), layout, np), FloatCache(layout, np))
+    )
+    cache = cache_with_pages(10, num_layers=30, **setting)
+    sequence = cache.allocate()
+    states = []
+    for i, token in enumerate(ids):
+        step = cache.begin_step([sequence], [1])
+
+        def attend(layer: int, q: Any, k: Any, v: Any, step: Any = step) -> Any:
+            step.append(layer, k, v)
+            return step.attend(layer, q)
+
+        states.append(model.forward(token[None], np.array([i]), attend)[0])
+    error, loss = (
+        float(((x - y) ** 2).sum() / (y**2).sum())
+        for x, y in ((simulated, np.array(states)), (simulated, exact))
+    )
+    # Not more equal than that: float32 sums differ in the last bit, and now and then a code does.
+    assert error < 0.02 * loss
 
 
 def test_branches_equal_forks() -> None:

@@ -148,6 +148,8 @@ def changes(
         change = {k: v for k, v in setting.items() if k not in ("key_bits", "value_bits")}
         if change not in found:
             found.append(change)
+    order = list(NAMES)
+    found.sort(key=lambda change: (len(change), *(order.index(name) for name in [*change][:1])))
     rows = []
     for change in found:
         cells: list[str] = []
