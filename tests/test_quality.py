@@ -78,8 +78,8 @@ def test_with_the_real_model() -> None:
     pytest.importorskip("tokenizers")
     try:
         find_weights()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    except FileNotFoundError as reason:
+        pytest.skip(str(reason))
     model = Model(load_weights())
     licence = Path(__file__).parent.parent / "LICENSE"
     ids = np.array(ChatTokenizer().encode(licence.read_text("utf-8"))[:80], np.int64)

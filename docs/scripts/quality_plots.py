@@ -94,6 +94,7 @@ def draw_bytes(results: Results) -> Any:
             text, (x, y), (-7, -9), textcoords="offset points", ha="right", color=ORANGE, fontsize=9
         )
     axes.set_yscale("log")
+    axes.set_xlim(left=2600)
     axes.set_ylim(bottom=floor * 0.8)
     axes.set_yticks([1e-4, 1e-3, 1e-2, 1e-1, 1], ["≤ 0.01 %", "0.1 %", "1 %", "10 %", "100 %"])
     axes.set_title(f"What bytes buy: tokens {CONTEXT // 2} to {CONTEXT} of each text")
