@@ -29,9 +29,12 @@ def torch() -> Any:
 
 @pytest.fixture(scope="module")
 def jax() -> Any:
+    """JAX on the host, also where it has a GPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own start
-        return pytest.importorskip("jax")
+        module = pytest.importorskip("jax")
+        module.config.update("jax_platforms", "cpu")
+        return module
 
 
 def gaussian(*shape: int) -> Any:
