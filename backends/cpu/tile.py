@@ -72,9 +72,20 @@ def window(s: Simd, group: LaneGroup, bits: int, dim: int, packed: Value) -> Reg
     first = _first_bits(group, bits, s.width)
     begin = first[0] // 8
     end = min(packed_bytes(dim, bits), (first[-1] + group.codes * bits + 7) // 8)
-    stream = s.load(vector(I8, end - begin), packed, begin)
+    size = end - begin
+    half = 1 << (size.bit_length() - 1)  # two loads, which may overlap, of a size that CPUs have
+    stream, behind = s.load(vector(I8, half), packed, begin), size - half
+    if behind:
+        stream = s.concat([stream, s.load(vector(I8, half), packed, begin + behind)])
+
+    def place(byte: int, lane: int) -> int:
+        """In `stream`; upper lanes prefer the second load, as some shuffles do not cross halves."""
+        byte = min(byte - begin, size - 1)
+        second = byte >= half or (behind and byte >= behind and 2 * lane >= s.width)
+        return half + byte - behind if second else byte
+
     bytes_in_order = range(4) if _keeps_bytes(group, bits) else range(3, -1, -1)
-    order = [min(bit // 8 + byte, end - 1) - begin for bit in first for byte in bytes_in_order]
+    order = [place(bit // 8 + i, lane) for lane, bit in enumerate(first) for i in bytes_in_order]
     windows = s.b.bitcast(s.shuffle(stream, None, order), s.ints)
     if any(bit % 8 for bit in first):
         windows = s.b.shl(windows, s.const_i([bit % 8 for bit in first]))
