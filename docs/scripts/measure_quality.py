@@ -323,6 +323,15 @@ def layers(run: Run) -> None:
             run.text(f"by layer, {bits} on average", name, {"layer_bits": pairs})
 
 
+def value_scale(run: Run) -> None:
+    """Values with a scale that shrinks nothing, where they have few bits."""
+    for name in TESTS[1:]:
+        for bits in ((2, 2), (3, 3), (4, 2)):
+            for change in ({}, {"value_scale": "unbiased"}):
+                setting = bits_setting(bits, **change)
+                run.text("value scale", name, setting, tokens=CHANGES_TOKENS)
+
+
 MORE_OFFSETS: tuple[Setting, ...] = (
     {"renew": 1024},
     {"renew": 256},
@@ -350,6 +359,7 @@ EXPERIMENTS: dict[str, Callable[[Run], None]] = {
         bit_table,
         ablation,
         codec_changes,
+        value_scale,
         beyond,
         layers,
         codec_table,

@@ -252,6 +252,9 @@ def page(results: Results, template: str) -> str:
         "bits": bit_tables(results),
         "windows": changes(results, "ablation", LONGEST // 2, LONGEST, TESTS),
         "codec changes": changes(results, "codec changes", 0, SHORT, TESTS[:1], PAIRS[::2]),
+        "value scale": changes(
+            results, "value scale", 0, SHORT, TESTS[1:], ((3, 3), (4, 2), (2, 2))
+        ),
         "codec table": codec_table(results),
         "layers": by_layer(results),
         "more offsets": changes(results, "more offsets", LONGEST // 2, LONGEST, TESTS),
