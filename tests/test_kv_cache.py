@@ -89,6 +89,69 @@ def test_one_token_at_a_time_equals_all_at_once() -> None:
             assert_bits_equal(one, other)
 
 
+def steps(cache: PagedKVCache, sequence: int, x: Any, size: int, **options: Any) -> None:
+    keys, values = x
+    for start in range(0, keys.shape[1], size):
+        part = slice(start, start + size)
+        step = cache.begin_step([sequence], [keys[:, part].shape[1]], **options)
+        for layer in range(2):
+            step.append(layer, keys[layer, part], values[layer, part])
+
+
+def test_bits_do_not_depend_on_how_tokens_come() -> None:
+    x = tokens(150)
+    caches = [make_cache() for _ in range(4)]
+    for cache in caches:
+        assert cache.allocate() == 0
+    steps(caches[0], 0, x, 1)
+    steps(caches[1], 0, x, 150)
+    steps(caches[2], 0, x, 37, pack_first=True)
+    caches[3].append(0, *x)
+    for layer in range(2):
+        expected = caches[0].read(0, layer)
+        for cache in caches[1:]:
+            for got, want in zip(cache.read(0, layer), expected, strict=True):
+                assert_bits_equal(got, want)
+
+
+@pytest.mark.parametrize("pack_first", [False, True])
+def test_tokens_of_a_long_step_attend_in_full_precision(pack_first: bool) -> None:
+    cache = make_cache(num_layers=1)
+    keys, values = (x[0, :200] for x in tokens(200))
+    query = np.random.Generator(np.random.PCG64(4)).standard_normal((200, 4, 32), np.float32)
+    step = cache.begin_step([cache.allocate()], [200], pack_first=pack_first)
+    step.append(0, keys, values)
+    out = step.attend(0, query)
+    k, v = (x.astype(np.float16).astype(np.float64) for x in (keys, values))
+    scores = np.einsum("ihd,jhd->hij", query, k.repeat(2, axis=1)) / np.sqrt(32)
+    scores[:, np.triu(np.ones((200, 200), bool), 1)] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    want = np.einsum(
+        "hij,jhd->ihd", weights / weights.sum(axis=-1, keepdims=True), v.repeat(2, axis=1)
+    )
+    assert (np.abs(out - want).max() < 2e-6) == (not pack_first)
+
+
+def test_a_fork_after_a_long_step_shares_what_was_packed() -> None:
+    cache = make_cache()
+    sequence = cache.allocate()
+    steps(cache, sequence, tokens(200), 200)
+    before = cache.stats()
+    cache.fork(sequence)
+    assert cache.stats()["used_bytes"] == before["used_bytes"]
+    assert before["packed_pages"][0] > before["full_pages"][0]
+
+
+def test_a_long_step_takes_full_pages_unless_it_packs_first() -> None:
+    cache = make_cache(num_full_blocks=8)
+    sequence = cache.allocate()
+    with pytest.raises(OutOfPagesError, match="full-precision pages needed"):
+        cache.begin_step([sequence], [200])
+    assert cache.stats()["used_bytes"] == 0
+    steps(cache, sequence, tokens(200), 200, pack_first=True)
+    assert cache.length(sequence) == 200
+
+
 @pytest.mark.parametrize("query_len", [1, 7])
 def test_attention_equals_attention_on_what_is_read(query_len: int) -> None:
     cache = make_cache()

@@ -63,7 +63,7 @@ def test_all_tokens_at_once_equal_the_cache_step_by_step(
     outputs = []
     for start in range(0, 150, step):
         part = slice(start, start + step)
-        one = cache.begin_step([sequence], [step])
+        one = cache.begin_step([sequence], [step], pack_first=True)
         one.append(0, k[part], v[part])
         outputs.append(one.attend(0, q[part]))
     exact = FloatCache(Layout.make(150), np)(0, q, k, v)

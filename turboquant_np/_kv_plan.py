@@ -3,6 +3,11 @@
 The plan says where every new token goes, which pages are copied because they are shared, which
 packed pages are unpacked because tokens are added to them, and which pages are packed because they
 leave the window of recent tokens.  All layers carry out the same plan, one after the other.
+
+Pages that lie outside of the window of the first new token are packed before a step's attention,
+those that leave it later in the step behind it: so tokens see their window in full precision,
+however many come at a time.  Where that does not matter, all can be packed first, which takes no
+full-precision pages for them.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from dataclasses import dataclass, field
 
 from ._pages import Page, PagePool, Sequence, first_recent_page
 
-__all__ = ["Moves", "NewOffset", "Plan", "Planner", "Windows"]
+__all__ = ["Moves", "NewOffset", "Packing", "Plan", "Planner", "Windows"]
 
 
 @dataclass(frozen=True)
@@ -63,32 +68,49 @@ class NewOffset:
 
 
 @dataclass
+class Packing:
+    """Pages that are packed together.
+
+    Attributes
+    ----------
+    new_offsets : key offsets to be taken first
+    packs : (to packed page, offset slot or -1); `from_full` and `from_new` say where the tokens of
+        these pages, counted through in this order, come from
+    """
+
+    new_offsets: list[NewOffset] = field(default_factory=list)
+    packs: list[tuple[int, int]] = field(default_factory=list)
+    from_full: Moves = field(default_factory=Moves)
+    from_new: Moves = field(default_factory=Moves)
+
+
+@dataclass
 class Plan:
     """One step.  Tokens are counted through the pages of a pool, or through the new tokens.
 
     Attributes
     ----------
+    pack_first : whether nothing is left to be packed behind the step
     after : the sequences as they will be
     counts : new tokens of each
+    during : the sequences as the step attends to them
     write : new tokens into the full-precision pool
     copies : (to, from) pages of the full-precision pool
     thaws : (to full page, from packed page, offset slot or -1)
-    packs : (to packed page, offset slot or -1); `pack_full` and `pack_new` say where the tokens of
-        these pages, counted through in this order, come from
-    new_offsets : key offsets to be taken first
+    first, behind : what is packed before and behind the step's attention
     taken, released : pages to give back if the step is cancelled, or when it is done
     taken_offsets : likewise, offset slots
     """
 
+    pack_first: bool
     after: list[Sequence]
     counts: list[int]
+    during: list[Sequence] = field(default_factory=list)
     write: Moves = field(default_factory=Moves)
     copies: list[tuple[int, int]] = field(default_factory=list)
     thaws: list[tuple[int, int, int]] = field(default_factory=list)
-    packs: list[tuple[int, int]] = field(default_factory=list)
-    pack_full: Moves = field(default_factory=Moves)
-    pack_new: Moves = field(default_factory=Moves)
-    new_offsets: list[NewOffset] = field(default_factory=list)
+    first: Packing = field(default_factory=Packing)
+    behind: Packing = field(default_factory=Packing)
     taken: list[Page] = field(default_factory=list)
     taken_offsets: list[int] = field(default_factory=list)
     released: list[Page] = field(default_factory=list)
@@ -102,19 +124,22 @@ class Planner:
     ) -> None:
         self.windows, self.full, self.packed, self.offsets = windows, full, packed, offsets
 
-    def plan(self, sequences: Iterable[Sequence], counts: Iterable[int]) -> Plan:
+    def plan(
+        self, sequences: Iterable[Sequence], counts: Iterable[int], *, pack_first: bool
+    ) -> Plan:
         """Plan one step; if pages run out, everything taken for it is given back.
 
         Raises
         ------
         OutOfPagesError
         """
-        plan = Plan([s.copy() for s in sequences], list(counts))
+        plan = Plan(pack_first, [s.copy() for s in sequences], list(counts))
         try:
             first_new = 0
             for sequence, count in zip(plan.after, plan.counts, strict=True):
-                if count:
-                    self._extend(plan, sequence, count, first_new)
+                plan.during.append(
+                    self._extend(plan, sequence, count, first_new) if count else sequence
+                )
                 first_new += count
         except MemoryError:
             self.cancel(plan)
@@ -136,23 +161,39 @@ class Planner:
     def pool(self, page: Page) -> PagePool:
         return self.full if page.full else self.packed
 
-    def _extend(self, plan: Plan, sequence: Sequence, count: int, first_new: int) -> None:
-        """Append `count` tokens, the new tokens from `first_new` on."""
+    def _extend(self, plan: Plan, sequence: Sequence, count: int, first_new: int) -> Sequence:
+        """Append `count` tokens, the new tokens from `first_new` on; the state to attend to."""
         size = self.windows.block_size
         before, after = sequence.length, sequence.length + count
-        packed = self.windows.packed_pages(after)
+        packed_first = self.windows.packed_pages(after if plan.pack_first else before + 1)
+        touched = range(before // size, -(-after // size))
         if before % size:
-            self._make_writable(plan, sequence, before // size, before // size in packed)
-        there = len(sequence.pages)
-        to_pack = [i for i in packed if i >= there or sequence.pages[i].full]
-        if to_pack and sequence.offset is None and self.windows.key_offset_tokens:
-            self._take_offset(plan, sequence, before, after, first_new)
-        for i in sorted({*to_pack, *range(before // size, -(-after // size))}):
-            if i in packed:
-                self._pack(plan, sequence, i, before, first_new)
+            self._make_writable(plan, sequence, touched[0], touched[0] in packed_first)
+        to_pack = self._to_pack(sequence, packed_first)
+        if to_pack and self._lacks_offset(sequence):
+            self._take_offset(plan, plan.first, sequence, before, after, first_new)
+        for i in sorted({*to_pack, *touched}):
+            if i in packed_first:
+                self._pack(plan, plan.first, sequence, i, before, first_new)
             else:
                 self._write(plan, sequence, i, before, after, first_new)
         sequence.length = after
+        during = sequence.copy()
+        to_pack = self._to_pack(sequence, self.windows.packed_pages(after))
+        if to_pack and self._lacks_offset(sequence):
+            self._take_offset(plan, plan.behind, sequence, after, after, first_new)
+        for i in to_pack:
+            self._pack(plan, plan.behind, sequence, i, after, first_new)
+        return during
+
+    @staticmethod
+    def _to_pack(sequence: Sequence, packed: range) -> list[int]:
+        """Those of the pages in `packed` that are new or in full precision."""
+        pages = sequence.pages
+        return [i for i in packed if i >= len(pages) or pages[i].full]
+
+    def _lacks_offset(self, sequence: Sequence) -> bool:
+        return sequence.offset is None and self.windows.key_offset_tokens > 0
 
     def _write(
         self, plan: Plan, sequence: Sequence, i: int, before: int, after: int, first_new: int
@@ -181,7 +222,13 @@ class Planner:
         sequence.pages[i] = new
 
     def _take_offset(
-        self, plan: Plan, sequence: Sequence, before: int, after: int, first_new: int
+        self,
+        plan: Plan,
+        packing: Packing,
+        sequence: Sequence,
+        before: int,
+        after: int,
+        first_new: int,
     ) -> None:
         """Plan the mean of the first keys, which all are new or in full precision."""
         size = self.windows.block_size
@@ -194,21 +241,29 @@ class Planner:
             new_offset.from_full.add(token, slot, 1)
         if stop > before:
             new_offset.from_new.add(before, first_new, stop - before)
-        plan.new_offsets.append(new_offset)
+        packing.new_offsets.append(new_offset)
 
-    def _pack(self, plan: Plan, sequence: Sequence, i: int, before: int, first_new: int) -> None:
+    def _pack(
+        self,
+        plan: Plan,
+        packing: Packing,
+        sequence: Sequence,
+        i: int,
+        before: int,
+        first_new: int,
+    ) -> None:
         """Page i moves to the packed pool; its tokens are old ones in full precision or new."""
         size = self.windows.block_size
-        at, start = len(plan.packs) * size, i * size
+        at, start = len(packing.packs) * size, i * size
         old = min(max(before - start, 0), size)
         new = self._take(plan, full=False)
-        plan.packs.append((new.number, -1 if sequence.offset is None else sequence.offset))
+        packing.packs.append((new.number, -1 if sequence.offset is None else sequence.offset))
         if old:
             page = sequence.pages[i]
-            plan.pack_full.add(at, page.number * size, old)
+            packing.from_full.add(at, page.number * size, old)
             plan.released.append(page)
         if old < size:
-            plan.pack_new.add(at + old, first_new + start + old - before, size - old)
+            packing.from_new.add(at + old, first_new + start + old - before, size - old)
         if i == len(sequence.pages):
             sequence.pages.append(new)
         else:

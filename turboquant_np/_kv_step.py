@@ -11,12 +11,13 @@ import numpy as np
 from . import _arrays
 from ._attention_checks import check_attention
 from ._checks import check_same_place
-from ._kv_plan import Moves, Plan
+from ._kv_plan import Moves, Packing, Plan
 from ._kv_tables import Tables
 from ._window_attention import window_attention
 from .fused_attention import TQPagedAttention, merge_attention
 
 if TYPE_CHECKING:
+    from ._pages import Sequence
     from .kv_cache import PagedKVCache
 
 __all__ = ["Step"]
@@ -24,6 +25,9 @@ __all__ = ["Step"]
 
 class Step:
     """New tokens of some sequences, layer by layer; made by `PagedKVCache.begin_step`.
+
+    Its tokens see their window of recent tokens in full precision, however many they are: pages
+    that leave the window of a later one are packed when the cache is used next.
 
     Attributes
     ----------
@@ -67,46 +71,57 @@ class Step:
             what = "was cancelled" if self._cancelled else f"has no layer {layer} left to append to"
             raise RuntimeError(f"this step {what}")
         k, v = (self._take_in(x, name) for x, name in ((keys, "keys"), (values, "values")))
-        c, plan, xp = self.cache, self._plan, self.cache._xp
-        size = c._windows.block_size
+        c, plan = self.cache, self._plan
+        # Pages that are packed at once get the bits of those that were in full precision before.
+        k, v = k.astype(c.dtype, copy=False), v.astype(c.dtype, copy=False)
         for to, source in plan.copies:
             for pool in (c._k_full[layer], c._v_full[layer]):
                 pool[to] = pool[source]
         for to, source, offset in plan.thaws:
             c._k_full[layer, to] = c._unpack_keys(layer, source, offset)
             c._v_full[layer, to] = c._unpack_values(layer, source)
-        k_full = c._k_full[layer].reshape(-1, c.num_kv_heads, c.head_dim)
-        v_full = c._v_full[layer].reshape(-1, c.num_kv_heads, c.head_dim)
-        for i, new in enumerate(plan.new_offsets):
-            count = len(new.from_full.to) + len(new.from_new.to)
-            first = xp.empty((count, c.num_kv_heads, c.head_dim), np.float32)
-            self._move(first, k_full, new.from_full, f"mean full {i}")
-            self._move(first, k, new.from_new, f"mean new {i}")
-            c._key_offsets[layer, new.slot] = first.mean(axis=0)
-        if plan.packs:
-            pages = self._index("pack to", [page for page, _ in plan.packs])
-            offsets = self._index("pack offsets", [offset for _, offset in plan.packs])
-            tokens = xp.empty((2, len(plan.packs) * size, c.num_kv_heads, c.head_dim), np.float32)
-            for target, full, fresh in ((tokens[0], k_full, k), (tokens[1], v_full, v)):
-                self._move(target, full, plan.pack_full, "pack full")
-                self._move(target, fresh, plan.pack_new, "pack new")
-            paged = tokens.reshape(2, len(plan.packs), size, c.num_kv_heads, c.head_dim)
-            paged[0] -= c._key_offsets[layer][offsets][:, None]
-            finite = c.device == "cpu"
-            packed, norms = c.key_quantizer.encode(paged[0], check_finite=finite)
-            c._k_packed[layer, pages], c._k_norms[layer, pages] = packed, norms
-            packed, norms = c.value_quantizer.encode(paged[1], check_finite=finite)
-            c._v_packed[layer, pages], c._v_norms[layer, pages] = packed, norms
-        self._move(k_full, k, plan.write, "write")
-        self._move(v_full, v, plan.write, "write")
+        self._pack(layer, plan.first, "first", k, v)
+        self._move(c._k_full[layer], k, plan.write, "write")
+        self._move(c._v_full[layer], v, plan.write, "write")
         self.missing.discard(layer)
         if not self.missing:
             self.finish()
 
+    def _pack(self, layer: int, packing: Packing, name: str, k: Any = None, v: Any = None) -> None:
+        """Pack pages of a layer, whose tokens are in full precision or new."""
+        c, xp = self.cache, self.cache._xp
+        if not packing.packs:
+            return
+        size, heads = c._windows.block_size, (c.num_kv_heads, c.head_dim)
+        k_full, v_full = c._k_full[layer], c._v_full[layer]
+        for i, new in enumerate(packing.new_offsets):
+            count = len(new.from_full.to) + len(new.from_new.to)
+            tokens = xp.empty((count, *heads), np.float32)
+            self._move(tokens, k_full, new.from_full, f"{name} mean full {i}")
+            self._move(tokens, k, new.from_new, f"{name} mean new {i}")
+            c._key_offsets[layer, new.slot] = tokens.mean(axis=0)
+        pages = self._index(f"{name} pages", [page for page, _ in packing.packs])
+        offsets = self._index(f"{name} offsets", [offset for _, offset in packing.packs])
+        paged = xp.empty((2, len(packing.packs), size, *heads), np.float32)
+        for target, full, fresh in ((paged[0], k_full, k), (paged[1], v_full, v)):
+            self._move(target, full, packing.from_full, f"{name} full")
+            self._move(target, fresh, packing.from_new, f"{name} new")
+        paged[0] -= c._key_offsets[layer][offsets][:, None]
+        finite = c.device == "cpu"
+        packed, norms = c.key_quantizer.encode(paged[0], check_finite=finite)
+        c._k_packed[layer, pages], c._k_norms[layer, pages] = packed, norms
+        packed, norms = c.value_quantizer.encode(paged[1], check_finite=finite)
+        c._v_packed[layer, pages], c._v_norms[layer, pages] = packed, norms
+
     def _move(self, target: Any, source: Any, moves: Moves, name: str) -> None:
+        """Copy tokens between pools, [pages, block_size, ...], and arrays, [tokens, ...]."""
         if moves.to:
-            to = self._index(f"{name} to", moves.to)
-            target[to] = source[self._index(f"{name} source", moves.source)].astype(target.dtype)
+            heads = (-1, self.cache.num_kv_heads, self.cache.head_dim)
+            to, at = (
+                self._index(f"{name} to", moves.to),
+                self._index(f"{name} source", moves.source),
+            )
+            target.reshape(heads)[to] = source.reshape(heads)[at].astype(target.dtype)
 
     def _index(self, name: str, values: list[int]) -> Any:
         """An index array where the cache lives, made once for all layers."""
@@ -136,11 +151,28 @@ class Step:
 
     def finish(self) -> None:
         """Carry out the plan on the page tables; called by the last `append`."""
-        cache = self.cache
-        cache._planner.finish(self._plan)
-        for sequence, state in zip(self.sequences, self._plan.after, strict=True):
-            cache._sequences[sequence] = state
+        cache, plan = self.cache, self._plan
         cache._open_step = None
+        self._set_states(plan.during)
+        if plan.behind.packs:
+            cache._attended_step = self
+        else:
+            self._give_back()
+
+    def pack(self) -> None:
+        """Pack what leaves the window of recent tokens, behind the attention of all layers."""
+        for layer in range(self.cache.num_layers):
+            self._pack(layer, self._plan.behind, "behind")
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """The pages that the step replaced are free from here on; what they hold stays for now."""
+        self.cache._planner.finish(self._plan)
+        self._set_states(self._plan.after)
+
+    def _set_states(self, states: list[Sequence]) -> None:
+        for sequence, state in zip(self.sequences, states, strict=True):
+            self.cache._sequences[sequence] = state
 
     def cancel(self) -> None:
         """Give the step up: sequences are as before it.  Harmless if it is finished."""
@@ -194,7 +226,7 @@ class Step:
         c = self.cache
         q, give_back = _arrays.take_in(query, "query")
         lens = self.counts if query_lens is None else list(query_lens)
-        states = self._plan.after
+        states = self._plan.during
         if len(lens) != len(states) or any(
             not 0 <= n <= s.length for n, s in zip(lens, states, strict=False)
         ):

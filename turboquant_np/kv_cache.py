@@ -139,6 +139,7 @@ class PagedKVCache:
         self._swapped: dict[int, SwappedSequence] = {}
         self._next_sequence = 0
         self._open_step: Step | None = None
+        self._attended_step: Step | None = None  # finished, its pages not packed yet
         self._version = 0  # counts what makes page tables of earlier steps invalid
 
     @property
@@ -268,6 +269,7 @@ class PagedKVCache:
         self._no_open_step("swap in")
         if sequence not in self._swapped:
             raise ValueError(f"sequence {sequence!r} is not swapped out")
+        self._version += 1  # it may take pages that the last step still attends to
         self._sequences[sequence] = swap_in(self, self._swapped[sequence])
         del self._swapped[sequence]
 
@@ -293,7 +295,14 @@ class PagedKVCache:
             known = ", ".join(map(str, self._sequences)) or "none"
             raise ValueError(f"no sequence {sequence!r} in the cache; there are {known}") from None
 
+    def _settle(self) -> None:
+        """Pack what the last step left to be packed until its attention was over."""
+        step, self._attended_step = self._attended_step, None
+        if step is not None:
+            step.pack()
+
     def _no_open_step(self, what: str) -> None:
+        self._settle()
         if self._open_step is not None:
             raise RuntimeError(
                 f"cannot {what} while a step is open: append to layers "
@@ -302,7 +311,9 @@ class PagedKVCache:
 
     # -- tokens ------------------------------------------------------------------------------------
 
-    def begin_step(self, sequences: Sized[int], counts: Sized[int]) -> Step:
+    def begin_step(
+        self, sequences: Sized[int], counts: Sized[int], *, pack_first: bool = False
+    ) -> Step:
         """Make room for new tokens in all layers.
 
         Parameters
@@ -311,6 +322,10 @@ class PagedKVCache:
             Each at most once.
         counts : sequence of int
             New tokens of each; 0 for a sequence that is only attended to.
+        pack_first : bool
+            Pack what leaves the window of recent tokens before attention and not behind it.  A long
+            prompt then needs few full-precision pages, but its tokens see neighbours packed that
+            lie within their window, which costs quality (docs: benchmarks, quality).
 
         Returns
         -------
@@ -320,7 +335,9 @@ class PagedKVCache:
         Raises
         ------
         OutOfPagesError
-            If there are not enough pages; nothing is changed.
+            If there are not enough pages; nothing is changed.  All new tokens take full-precision
+            pages until the step is over: read a long prompt in several steps, or give the cache
+            more of them (`num_full_blocks`).
         ValueError
             If a sequence is unknown or named twice, or a count is negative.
         RuntimeError
@@ -334,7 +351,7 @@ class PagedKVCache:
         if any(count < 0 for count in counts):
             raise ValueError(f"counts must not be negative, got {list(counts)}")
         states = [self._get(sequence) for sequence in sequences]
-        plan = self._planner.plan(states, [int(count) for count in counts])
+        plan = self._planner.plan(states, [int(count) for count in counts], pack_first=pack_first)
         self._version += 1
         step = self._open_step = Step(self, list(sequences), plan)
         if not any(plan.counts):
@@ -343,7 +360,7 @@ class PagedKVCache:
         return step
 
     def append(self, sequences: int | Sized[int], keys: Any, values: Any) -> None:
-        """Append tokens of all layers at once.
+        """Append tokens of all layers at once, however many.
 
         Parameters
         ----------
@@ -376,7 +393,8 @@ class PagedKVCache:
         for row, sequence in enumerate(of_token):
             rows.setdefault(int(sequence), []).append(row)
         order = self._xp.asarray(np.array([r for part in rows.values() for r in part], np.int64))
-        step = self.begin_step(list(rows), [len(part) for part in rows.values()])
+        counts = [len(part) for part in rows.values()]
+        step = self.begin_step(list(rows), counts, pack_first=True)  # nothing attends to it
         try:
             for layer in range(self.num_layers) if tokens else ():
                 step.append(layer, k[layer][order], v[layer][order])
@@ -391,6 +409,7 @@ class PagedKVCache:
         -------
         keys, values : array, float32, shape [length, num_kv_heads, head_dim]
         """
+        self._settle()
         state = self._get(sequence)
         shape = (len(state.pages) * self._windows.block_size, self.num_kv_heads, self.head_dim)
         keys, values = self._xp.empty((2, *shape), np.float32)
@@ -477,6 +496,7 @@ class PagedKVCache:
             ``ratio_vs_fp16`` (fp16_bytes / used_bytes); ``fragmentation`` (share of the token slots
             in used pages that hold no token).
         """
+        self._settle()
         size = self._windows.block_size
         held: dict[Page, int] = {}
         for state in self._sequences.values():

@@ -389,7 +389,7 @@ def time_cache_step(batch: int, context: int, stream: Any) -> dict[str, Any]:
     sequences = [cache.allocate() for _ in range(batch)]
     random = cupy.random.default_rng(3)
     for count in (context, 1):
-        step = cache.begin_step(sequences, [count] * batch)
+        step = cache.begin_step(sequences, [count] * batch, pack_first=True)
         x = random.standard_normal((batch * count, 8, 128), dtype=np.float32).astype(np.float16)
         step.append(0, x, x)
     query = random.standard_normal((batch, 32, 128), dtype=np.float32).astype(np.float16)

@@ -108,10 +108,7 @@ class PagedCacheMachine(RuleBasedStateMachine):
         """Several sequences at once, their tokens interleaved."""
         of_token = data.draw(st.lists(st.sampled_from(self._resident()), max_size=40))
         of_token.sort(key=lambda s: hash((s, len(of_token))) % 3)
-        self.appended += 1
-        rng = np.random.Generator(np.random.PCG64(self.appended))
-        shape = (2, LAYERS, len(of_token), KV_HEADS, HEAD_DIM)
-        new = rng.integers(-64, 65, shape).astype(np.float32) / np.float32(16)
+        new = self._new_tokens(len(of_token))
         try:
             self.cache.append(of_token, *map(self._to_device, new))
         except OutOfPagesError:
@@ -119,7 +116,38 @@ class PagedCacheMachine(RuleBasedStateMachine):
             return
         rows = np.array(of_token)
         for sequence in dict.fromkeys(of_token):
-            self._extend(sequence, new[:, :, rows == sequence])
+            self._add(sequence, new[:, :, rows == sequence])
+            self._pack(sequence, self.model[sequence].length)
+
+    @precondition(lambda self: self._resident())
+    @rule(data=st.data(), pack_first=st.booleans())
+    def step(self, data: st.DataObject, pack_first: bool) -> None:
+        """Tokens appended and attended to, layer by layer; or a step that is given up."""
+        sequences = data.draw(st.lists(st.sampled_from(self._resident()), min_size=1, unique=True))
+        counts = [data.draw(st.integers(0, 20)) for _ in sequences]
+        new = self._new_tokens(sum(counts))
+        parts = np.split(new, np.cumsum(counts)[:-1], axis=2)
+        try:
+            step = self.cache.begin_step(sequences, counts, pack_first=pack_first)
+        except OutOfPagesError:
+            event("out of pages")
+            return
+        if sum(counts) and data.draw(st.integers(0, 9)) == 0:
+            step.append(0, *map(self._to_device, new[:, 0]))
+            step.cancel()
+            return
+        if sum(counts):
+            for layer in range(LAYERS):
+                step.append(layer, *map(self._to_device, new[:, layer]))
+        befores = [self.model[s].length for s in sequences]
+        for sequence, part, before in zip(sequences, parts, befores, strict=True):
+            self._add(sequence, part)
+            if part.shape[2]:
+                self._pack(sequence, before + (part.shape[2] if pack_first else 1))
+        self._compare_attention(step, {s: self.model[s].tokens for s in sequences}, counts)
+        for sequence, part in zip(sequences, parts, strict=True):
+            if part.shape[2]:
+                self._pack(sequence, self.model[sequence].length)
 
     @precondition(lambda self: self._resident())
     @rule(data=st.data())
@@ -180,17 +208,20 @@ class PagedCacheMachine(RuleBasedStateMachine):
         """The last tokens of every sequence in the pages, against a plain softmax."""
         sequences = [s for s in self._resident() if self.model[s].length]
         lens = [data.draw(st.integers(1, min(3, self.model[s].length))) for s in sequences]
+        step = self.cache.begin_step(sequences, [0] * len(sequences))
+        self._compare_attention(step, {s: self.model[s].tokens for s in sequences}, lens)
+
+    def _compare_attention(self, step: Any, tokens: dict[int, Float32s], lens: list[int]) -> None:
+        """The last `lens` tokens of every sequence attend as a plain softmax over `tokens` does."""
         rng = np.random.Generator(np.random.PCG64([5, self.appended]))
         query = rng.standard_normal((sum(lens), 2 * KV_HEADS, HEAD_DIM), np.float32) / 4
-        step = self.cache.begin_step(sequences, [0] * len(sequences))
         for layer in range(LAYERS):
             out = self._to_host(step.attend(layer, self._to_device(query), query_lens=lens))
             row = 0
-            for sequence, length in zip(sequences, lens, strict=True):
+            for held, length in zip(tokens.values(), lens, strict=True):
                 for i in range(length):
-                    model = self.model[sequence]
-                    seen = model.length - length + i + 1
-                    keys, values = model.tokens[:, layer, :seen].astype(np.float64)
+                    seen = held.shape[2] - length + i + 1
+                    keys, values = held[:, layer, :seen].astype(np.float64)
                     want = _softmax_attention(query[row], keys, values)
                     assert np.abs(out[row] - want).max() < 1e-4
                     row += 1
@@ -217,6 +248,7 @@ class PagedCacheMachine(RuleBasedStateMachine):
         """Every page is free, or has one reference for each sequence that holds it."""
         if not hasattr(self, "cache"):
             return
+        self.cache.stats()  # packs what the last step left to be packed
         held = [page for state in self.cache._sequences.values() for page in state.pages]
         for full, pool in ((True, self.cache._full), (False, self.cache._packed)):
             numbers = [page.number for page in held if page.full == full]
@@ -228,28 +260,38 @@ class PagedCacheMachine(RuleBasedStateMachine):
 
     # -- the model ---------------------------------------------------------------------------------
 
-    def _extend(self, sequence: int, new: Float32s) -> None:
+    def _add(self, sequence: int, new: Float32s) -> None:
+        """New tokens; a packed page that gets some goes on as float16, from its decoded tokens."""
         model, size = self.model[sequence], self.sizes["block_size"]
-        before = model.length
-        tokens = np.concatenate([model.tokens, new], axis=2)
-        packed = set(model.packed)
-        if new.shape[2] and before % size and before // size in packed:
-            # Tokens are added to a packed page: it goes on from its decoded tokens, as float16.
-            packed.discard(before // size)
-            decoded = slice(before - before % size, before)
-            tokens[:, :, decoded] = tokens[:, :, decoded].astype(np.float16)
+        if not new.shape[2]:
+            return
+        tokens, page = model.tokens.copy(), model.length // size
+        if page in model.packed:
+            tokens[:, :, page * size :] = tokens[:, :, page * size :].astype(np.float16)
+        model.tokens = np.concatenate([tokens, new], axis=2)
+        model.packed -= {page}
+
+    def _pack(self, sequence: int, length: int) -> None:
+        """Pack the pages that lie outside of both windows when there are `length` tokens."""
+        model, size = self.model[sequence], self.sizes["block_size"]
         first = -(-self.sizes["sink_tokens"] // size)
-        last = max(0, tokens.shape[2] - self.sizes["recent_tokens"]) // size
-        leaving = [page for page in range(first, last) if page not in packed]
-        offset, count = model.offset, self.sizes["key_offset_tokens"]
-        if leaving and new.shape[2]:
-            if offset is None and count:
-                offset = tokens[0, :, :count].mean(axis=1)
-            for page in leaving:
-                part = slice(page * size, (page + 1) * size)
-                tokens[:, :, part] = self._coded(tokens[:, :, part], offset)
-                packed.add(page)
-        model.tokens, model.packed, model.offset = tokens, frozenset(packed), offset
+        last = max(0, length - self.sizes["recent_tokens"]) // size
+        leaving = [page for page in range(first, last) if page not in model.packed]
+        count = self.sizes["key_offset_tokens"]
+        if leaving and model.offset is None and count:
+            model.offset = model.tokens[0, :, :count].mean(axis=1)
+        model.tokens = model.tokens.copy()  # a fork's model may share it
+        for page in leaving:
+            part = slice(page * size, (page + 1) * size)
+            model.tokens[:, :, part] = self._coded(model.tokens[:, :, part], model.offset)
+        model.packed |= set(leaving)
+
+    def _new_tokens(self, count: int) -> Float32s:
+        """[2, LAYERS, count, KV_HEADS, HEAD_DIM] numbers that float16 holds."""
+        self.appended += 1
+        rng = np.random.Generator(np.random.PCG64(self.appended))
+        shape = (2, LAYERS, count, KV_HEADS, HEAD_DIM)
+        return rng.integers(-64, 65, shape).astype(np.float32) / np.float32(16)
 
     def _coded(self, tokens: Float32s, offset: Float32s | None) -> Float32s:
         """Keys and values after encoding and decoding."""
