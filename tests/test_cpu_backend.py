@@ -278,7 +278,7 @@ def test_few_rows(rows: int, rotation: str) -> None:
 # -- inner products --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("queries", [2, 3], ids=["row by row", "tile by tile"])
+@pytest.mark.parametrize("queries", [2, 9], ids=["row by row", "tile by tile"])
 @pytest.mark.parametrize("case", CASES[::5], ids=str)
 def test_inner_products_to_float32_accuracy(case: Case, queries: int) -> None:
     rng = np.random.default_rng(2)
@@ -297,15 +297,28 @@ def test_inner_products_to_float32_accuracy(case: Case, queries: int) -> None:
 def test_inner_products_of_huge_and_tiny_vectors() -> None:
     tq = TurboQuant(head_dim=64, bits=8, backend="cpu")
     x = np.random.default_rng(3).standard_normal((1, 64)).astype(np.float32)
-    for a, b in ((1e30, 1e-30), (1e-35, 1e30), (1e36, 1.0)):
-        score = tq.inner_products(x * np.float32(a), *tq.encode(x * np.float32(b)))
-        np.testing.assert_allclose(score, float((x.astype(np.float64) ** 2).sum()) * a * b, 1e-2)
+    for a, b in ((1e30, 1e-30), (1e-35, 1e30), (1e36, 1.0), (1e-30, 1e37), (1e37, 1e-30)):
+        for queries in (1, 9):
+            query = np.repeat(x * np.float32(a), queries, axis=0)
+            scores = tq.inner_products(query, *tq.encode(x * np.float32(b)))
+            np.testing.assert_allclose(scores, (x.astype(np.float64) ** 2).sum() * a * b, 1e-2)
+
+
+@pytest.mark.parametrize("queries", [8, 9, 40])
+def test_inner_products_are_the_same_bits_every_time(queries: int) -> None:
+    rng = np.random.default_rng(4)
+    tq = TurboQuant(head_dim=96, bits=4, backend="cpu")
+    packed, norms = tq.encode(rng.standard_normal((20_000, 96), dtype=np.float32))
+    query = rng.standard_normal((queries, 96))
+    first = tq.inner_products(query, packed, norms)
+    for _ in range(3):
+        assert_bits_equal(tq.inner_products(query, packed, norms), first)
 
 
 def test_inner_products_decode_no_more_than_tiles() -> None:
     tq = TurboQuant(head_dim=128, bits=4, backend="cpu")
     packed, norms = np.zeros((60_000, 64), np.uint8), np.ones(60_000, np.float32)
-    query, scores = np.ones((3, 128), np.float32), np.empty((3, 60_000), np.float32)
+    query, scores = np.ones((9, 128), np.float32), np.empty((9, 60_000), np.float32)
     tq.inner_products(query, packed, norms, out=scores)
     tracemalloc.start()
     try:

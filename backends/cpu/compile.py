@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 from .attend import emit_project
 from .attend_units import emit_attend, emit_merge
-from .decode import emit_decode, emit_look_up, emit_score
+from .decode import emit_decode, emit_look_up, emit_look_up_scaled, emit_score
 from .dense import emit_decode_product, emit_encode_product, emit_fix
 from .encode import emit_encode
 from .kernels import FLUSHES_SUBNORMALS, OK, Arguments, Plan, subnormals_survive
@@ -38,6 +38,7 @@ BODIES = {
     "encode_product": emit_encode_product,
     "decode": emit_decode,
     "look_up": emit_look_up,
+    "look_up_scaled": emit_look_up_scaled,
     "score": emit_score,
     "decode_product": emit_decode_product,
     "attend": emit_attend,

@@ -28,18 +28,43 @@ def emit_decode(s: Simd, plan: Plan, a: Arguments) -> None:
 
 def emit_look_up(s: Simd, plan: Plan, a: Arguments) -> None:
     """Packed codes -> the values in the table, float32 or float64, with no scale or rotation."""
+    _look_up(s, plan, a, lambda _: None)
+
+
+def emit_look_up_scaled(s: Simd, plan: Plan, a: Arguments) -> None:
+    """Packed codes and scales -> the values in the table times scale and factor.
+
+    `parameter` holds the bits of the factor, a float32.
+    """
+    b = s.b
+    factor = b.bitcast(b.trunc(a.parameter, I32), F32)
+
+    def multiplier(row: Value) -> Register:
+        return s.splat(b.fmul(s.load(F32, a.scales, s.times(row, 4)), factor))
+
+    _look_up(s, plan, a, multiplier)
+
+
+def _look_up(
+    s: Simd, plan: Plan, a: Arguments, multiplier: Callable[[Value], Register | None]
+) -> None:
     table = values_table(s, a.tables, plan.bits)
     size = ITEM_SIZE[plan.dtype]
     with s.loop(a.rows) as i:
-        target = s.at(a.target, s.times(i, size * plan.dim))
+        target, times = s.at(a.target, s.times(i, size * plan.dim)), multiplier(i)
 
         def write(
-            element: Value, values: list[Register], count: int, target: Value = target
+            element: Value,
+            values: list[Register],
+            count: int,
+            target: Value = target,
+            times: Register | None = times,
         ) -> None:
             for k, x in enumerate(values):
                 valid = min(s.width, count - k * s.width)
                 offset = s.times(s.at(element, k * s.width), size)
-                store_floats(s, plan.dtype, x, target, offset, valid)
+                y = x if times is None else s.b.fmul(x, times)
+                store_floats(s, plan.dtype, y, target, offset, valid)
 
         _each_values(s, plan, table, s.at(a.source, s.b.mul(i, a.source_pitch)), write)
 

@@ -1,13 +1,14 @@
 """Scores against packed vectors: rotate the queries once, then multiply with tiles of centroids.
 
 <q, x> = |q| * scale / d * <z, c>, with z the rotated query in units of variance 1 and c the
-centroids of the vector's codes.  A tile of looked-up centroids stays in the level-2 cache between
-the look-up and the matrix product.  For a query or two no tile is written: each row of codes is
-looked up and multiplied in registers.
+centroids of the vector's codes.  A tile of looked-up centroids, times their scales, stays in the
+level-2 cache between the look-up and the matrix product, which writes the scores.  For a few
+queries no tile is written: each row of codes is looked up and multiplied in registers.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from .kernels import Plan
 from .simd import target
 from .threads import for_rows
 
-ROW_BY_ROW_QUERIES = 2  # up to so many, the product is done while looking up
 TILE_ELEMENTS = 1 << 17  # 512 KiB of float32
 
 
@@ -37,47 +37,55 @@ def rotate_queries(spec: CodecSpec, query: Any) -> tuple[Any, Any]:
 
 def inner_products(spec: CodecSpec, query: Any, packed: Any, scales: Any, scores: Any) -> None:
     """Fill scores[m, n] with <query[m], decoded[n]>."""
-    d = spec.head_dim
     codes, flat_scales = packed.reshape(-1, spec.packed_dim), scales.reshape(-1)
     z, norms = rotate_queries(spec, query)
     flat_scores = scores.reshape(len(norms), len(flat_scales))
     if not flat_scores.size:
         return
-    factors = norms / np.float32(d)
-    if len(z) <= ROW_BY_ROW_QUERIES:
-        _score_row_by_row(spec, z, factors, codes, flat_scales, flat_scores)
-    else:
-        _score_tile_by_tile(spec, z, factors, codes, flat_scales, flat_scores)
+    score = _score_row_by_row if len(z) <= few_queries(spec) else _score_tile_by_tile
+    score(spec, z, norms, codes, flat_scales, flat_scores)
+
+
+def few_queries(spec: CodecSpec) -> int:
+    """Up to how many queries going row by row is the faster way (measured with AVX-512).
+
+    Each query looks all codes up again, which takes longest where a table does not fit registers,
+    and in short rows much time goes into their ends.
+    """
+    return 8 if spec.head_dim >= 64 and spec.bits <= 6 else 4
 
 
 def _score_row_by_row(
-    spec: CodecSpec, z: Any, factors: Any, codes: Any, scales: Any, scores: Any
+    spec: CodecSpec, z: Any, norms: Any, codes: Any, scales: Any, scores: Any
 ) -> None:
     kernel = compiled(Plan("score", spec.head_dim, spec.bits))
     padded = np.zeros((len(z), spec.head_dim + target().width), np.float32)
     padded[:, : spec.head_dim] = z
+    factors = norms / np.float32(spec.head_dim)
     for query, factor, row in zip(padded, factors, scores, strict=True):
         bits = int(factor.view(np.int32))
         launch(kernel, spec, "encode", codes, row, scales, signs=address(query), parameter=bits)
 
 
 def _score_tile_by_tile(
-    spec: CodecSpec, z: Any, factors: Any, codes: Any, scales: Any, scores: Any
+    spec: CodecSpec, z: Any, norms: Any, codes: Any, scales: Any, scores: Any
 ) -> None:
     d = spec.head_dim
-    kernel = compiled(Plan("look_up", d, spec.bits, "float32"))
+    kernel = compiled(Plan("look_up_scaled", d, spec.bits))
     tile_rows = max(1, TILE_ELEMENTS // d)
+    # each side gets 1 / sqrt(d): then no factor exceeds the length of its vector
+    root = np.float32(1 / math.sqrt(d))
+    bits = int(root.view(np.int32))
+    with np.errstate(invalid="ignore"):
+        queries = z * (norms * root)[:, None]
 
     def score(start: int, stop: int) -> None:
         tile = np.empty((min(tile_rows, stop - start), d), np.float32)
         for first in range(start, stop, tile_rows):
             part = slice(first, min(stop, first + tile_rows))
-            centroids = tile[: part.stop - first]
-            launch(kernel, spec, "encode", codes[part], centroids, None)
+            vectors = tile[: part.stop - first]
+            launch(kernel, spec, "encode", codes[part], vectors, scales[part], parameter=bits)
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-                product = z @ centroids.T
-                product *= factors[:, None]
-                product *= scales[part]
-                scores[:, part] = product
+                np.matmul(queries, vectors.T, out=scores[:, part])
 
     for_rows(len(codes), d, score)

@@ -24,8 +24,8 @@ class Plan:
 
     Attributes
     ----------
-    kind : {"encode", "fix", "encode_product", "decode", "look_up", "score", "decode_product",
-        "attend", "merge", "project"}
+    kind : {"encode", "fix", "encode_product", "decode", "look_up", "look_up_scaled", "score",
+        "decode_product", "attend", "merge", "project"}
     dim, bits : int
     dtype : str
         Element type of the vectors on the side that is not codes.
@@ -71,7 +71,7 @@ class Arguments(NamedTuple):
     rows: Value  # their number
     tables: Value  # see quantize.host_tables
     signs: Value  # int32 [steps + 1, dim + width], see rotate.RowRotation
-    parameter: Value  # rounds of the rotation, or the bits of a float64
+    parameter: Value  # rounds of the rotation, or the bits of a float
     scratch: Value  # zeros, scratch_floats(plan) of them
     exponents: Value  # int32 [rows, 2], dense rotations only
 
