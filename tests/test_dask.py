@@ -236,13 +236,10 @@ def test_of_equal_scores_the_lower_rows_win(tq: TurboQuant) -> None:
     assert indices.compute().tolist() == [list(range(40))]
 
 
-def test_selection_among_awkward_scores() -> None:
-    scores = np.array([[1, -0.0, 0, np.inf, 1, -np.inf, -1, 1, 1e-45, -1e-45, 1]], "f4")
-    for k in range(1, scores.size + 1):
-        values, indices = tqd._largest(scores, np.arange(scores.size) + 100, k=k)
-        expected = best(scores + 0, k)
-        assert_bits_equal(indices, expected + 100)
-        assert_bits_equal(values, np.take_along_axis(scores, expected, axis=-1))
+def test_topk_with_empty_chunks(x: Any, query: Any, tq: TurboQuant) -> None:
+    lazy = da.from_array(x[:40], chunks=((0, 25, 0, 0, 15), (64,)))
+    _, indices = tqd.topk(query, *tqd.encode(lazy, tq), tq, 30)
+    assert_bits_equal(indices.compute(), tq.topk(query, *tq.encode(x[:40]), 30)[1])
 
 
 # -- refused ---------------------------------------------------------------------------------------

@@ -1,17 +1,19 @@
-"""Search over codes: errors of scores against theory, recall, the guide's `topk`, the benchmark."""
+"""Search over codes: errors of scores against theory, recall, `topk`, the benchmark."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from turboquant_np import TurboQuant
+from turboquant_np import TurboQuant, _topk
+from turboquant_np.testing import assert_bits_equal
 from turboquant_np.theory import expected_mse
 
 SCRIPTS = Path(__file__).parent.parent / "docs" / "scripts"
@@ -143,22 +145,165 @@ def test_a_mean_that_dominates_is_better_subtracted() -> None:
     assert found[0] + 0.1 < found[1] < found[2] - 0.05, found
 
 
-# -- the guide -------------------------------------------------------------------------------------
+# -- topk ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [40, 64, 999, 1000, 5000])
-@pytest.mark.parametrize("k", [1, 10, 40])
-def test_topk_of_the_guide_sorts_all_scores(k: int, rows: int) -> None:
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven queries at once, with 40 rows first and then 40, 80, 142, 142, ..."""
+    monkeypatch.setattr(_topk, "QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(_topk, "FIRST_ROWS", 40)
+    monkeypatch.setattr(_topk, "SCORES_AT_ONCE", 1000)
+
+
+def assert_sorts(
+    tq: TurboQuant, queries: Any, packed: Any, scales: Any, k: int, offsets: Any = None
+) -> None:
+    """`topk` is a stable sort of all scores."""
+    everything = tq.inner_products(queries, packed, scales)
+    if offsets is not None:
+        everything = everything + offsets.astype(np.float32)
+    expected = np.argsort(-everything, axis=-1, kind="stable")[..., :k]
+    scores, found = tq.topk(queries, packed, scales, k, offsets=offsets)
+    assert (scores.dtype, found.dtype) == (np.float32, np.int64)
+    assert_bits_equal(found, expected)
+    assert_bits_equal(scores, np.take_along_axis(everything, expected, axis=-1))
+
+
+@pytest.mark.parametrize("k", [1, 10, 39, 40, 41, 200, 1000])
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (), (20,)], ids=str)
+@pytest.mark.usefixtures("small_blocks")
+def test_topk_sorts_all_scores(k: int, shape: tuple[int, ...]) -> None:
     x = clustered(1000, 32, seed=8)
-    x[500:600] = x[:100]  # equal scores: the lower index comes first
-    queries = clustered(7, 32, seed=9)
+    x[500:600] = x[:100]  # equal scores
+    queries = clustered(20, 32, seed=9)[: max(1, int(np.prod(shape)))].reshape(*shape, 32)
     tq = TurboQuant(head_dim=32, bits=3, scale="unbiased", backend="reference")
     packed, scales = tq.encode(x)
-    expected = tq.inner_products(queries, packed, scales)
-    scores, found = bench_search.topk(tq, queries, packed, scales, k, rows=rows)
-    np.testing.assert_array_equal(scores, np.take_along_axis(expected, found, axis=1))
-    np.testing.assert_array_equal(scores, -np.sort(-expected, axis=1)[:, :k])
-    np.testing.assert_array_equal(found, nearest(expected, k))
+    assert_sorts(tq, queries, packed, scales, k)
+    offsets = np.random.default_rng(10).standard_normal(1000)
+    assert_sorts(tq, queries, packed, scales, k, offsets.astype(np.float16))
+
+
+@pytest.mark.parametrize("n", [1, 39, 40, 41, 79, 80, 81, 160, 302, 303])
+@pytest.mark.usefixtures("small_blocks")
+def test_topk_at_the_ends_of_blocks(n: int) -> None:
+    x, queries = clustered(n, 32, seed=11), clustered(7, 32, seed=12)
+    tq = TurboQuant(head_dim=32, bits=4, backend="reference")
+    for order in (slice(None), np.argsort(x @ queries[0]), np.argsort(-(x @ queries[0]))):
+        packed, scales = tq.encode(x[order])
+        for k in {1, min(n, 20), n}:
+            assert_sorts(tq, queries, packed, scales, k)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_of_equal_scores_topk_takes_the_lowest_rows() -> None:
+    tq = TurboQuant(head_dim=32, bits=4, backend="reference")
+    packed, scales = tq.encode(np.ones((500, 32)))
+    _, found = tq.topk(np.stack((np.ones(32), -np.ones(32), np.zeros(32))), packed, scales, 60)
+    assert found.tolist() == [list(range(60))] * 3
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_topk_puts_nan_last() -> None:
+    x = clustered(300, 32, seed=13)
+    bad = np.r_[0, 5:60, 170, 299]
+    x[bad] = np.nan
+    tq = TurboQuant(head_dim=32, bits=4, backend="reference")
+    packed, scales = tq.encode(x, check_finite=False)
+    assert_sorts(tq, clustered(3, 32, seed=14), packed, scales, 10)
+    scores, found = tq.topk(clustered(3, 32, seed=14), packed, scales, 300)
+    assert_bits_equal(found[:, -len(bad) :], np.broadcast_to(bad, (3, len(bad))))
+    assert np.isfinite(scores[:, : -len(bad)]).all()
+
+
+def test_topk_on_a_fast_backend() -> None:
+    """Blocks of other sizes may round otherwise, so scores are compared, not places."""
+    x, queries = clustered(6000, 50, seed=15), clustered(1100, 50, seed=16)
+    tq = TurboQuant(head_dim=50, bits=4, scale="unbiased", backend="cpu")
+    packed, scales = tq.encode(x)
+    everything = tq.inner_products(queries, packed, scales)
+    values, found = tq.topk(queries, packed, scales, 30)
+    best = -np.sort(-everything, axis=1)[:, :30]
+    np.testing.assert_allclose(values, best, rtol=0, atol=1e-5)
+    there = np.take_along_axis(everything, found, axis=1)
+    np.testing.assert_allclose(values, there, rtol=0, atol=1e-5)
+    again = tq.topk(queries, packed, scales, 30)
+    assert_bits_equal(again[0], values)
+    assert_bits_equal(again[1], found)
+
+
+def test_topk_holds_few_scores() -> None:
+    tq = TurboQuant(head_dim=32, bits=1, backend="cpu")
+    packed, scales = tq.encode(np.random.default_rng(17).standard_normal((300_000, 32), "f4"))
+    queries = np.random.default_rng(18).standard_normal((100, 32))
+    tq.topk(queries, packed, scales, 10)
+    tracemalloc.start()
+    try:
+        tq.topk(queries, packed, scales, 10)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 << 20  # all scores would take 114 MiB
+
+
+def test_topk_of_no_queries() -> None:
+    tq = TurboQuant(head_dim=32, bits=4, backend="reference")
+    encoded = tq.encode(np.ones((10, 32)))
+    scores, found = tq.topk(np.ones((3, 0, 32)), *encoded, 4)
+    assert (scores.shape, found.shape) == ((3, 0, 4), (3, 0, 4))
+    assert (scores.dtype, found.dtype) == (np.float32, np.int64)
+
+
+def test_topk_gives_back_the_library_of_the_codes() -> None:
+    torch = pytest.importorskip("torch")
+    tq = TurboQuant(head_dim=32, bits=4, backend="reference")
+    x = torch.from_numpy(clustered(50, 32, seed=19))
+    scores, found = tq.topk(x[:3], *tq.encode(x), 2)
+    assert (scores.dtype, found.dtype) == (torch.float32, torch.int64)
+    assert found[:, 0].tolist() == [0, 1, 2]
+
+
+def test_largest_among_awkward_scores() -> None:
+    scores = np.array([[1, -0.0, np.nan, 0, np.inf, 1, -np.inf, -1, 1, 1e-45, -np.nan, -1e-45]])
+    scores = scores.astype(np.float32)
+    order = [4, 0, 5, 8, 9, 1, 3, 11, 7, 6, 2, 10]
+    for k in range(1, scores.size + 1):
+        values, positions = _topk.largest(scores, k)
+        assert positions.tolist() == [order[:k]]
+        assert_bits_equal(values, scores[:, order[:k]])
+
+
+TQ = TurboQuant(head_dim=32, bits=4, backend="reference")
+PACKED, NORMS = TQ.encode(np.ones((10, 32)))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "k must be from 1 to the 10 vectors, got 0", {"k": 0}),
+        (ValueError, "k must be from 1 to the 10 vectors, got 11", {"k": 11}),
+        (ValueError, "from 1 to the 0 vectors", {"packed": PACKED[:0], "norms": NORMS[:0]}),
+        (TypeError, "k must be an integer, got 2.0", {"k": 2.0}),
+        (TypeError, "k must be an integer, got True", {"k": True}),
+        (ValueError, "Expected last dim 32, got 31", {"query": np.ones((2, 31))}),
+        (TypeError, "query must be float16", {"query": np.ones((2, 32), int)}),
+        (ValueError, "norms must have the shape of packed", {"norms": NORMS[:9]}),
+        (TypeError, "norms must be float32", {"norms": NORMS.astype(np.float16)}),
+        (
+            ValueError,
+            r"packed must have shape \[n, packed_dim\], got \(2, 5, 16\)",
+            {"packed": PACKED.reshape(2, 5, 16), "norms": NORMS.reshape(2, 5)},
+        ),
+        (ValueError, r"packed must have shape", {"packed": PACKED[0], "norms": NORMS[0]}),
+        (ValueError, r"offsets must have the shape of norms, \(10,\)", {"offsets": NORMS[:9]}),
+        (TypeError, "offsets must be float16.* got int64", {"offsets": np.arange(10)}),
+    ],
+)
+def test_topk_refuses(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    good = {"query": np.ones((2, 32)), "packed": PACKED, "norms": NORMS, "k": 3}
+    assert TQ.topk(**good)[1].tolist() == [[0, 1, 2]] * 2
+    with pytest.raises(error, match=message):
+        TQ.topk(**(good | arguments))
 
 
 # -- the benchmark ---------------------------------------------------------------------------------

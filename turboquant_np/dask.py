@@ -17,6 +17,7 @@ from . import _arrays
 from ._checks import check_same_place, check_vectors
 from ._extras import missing_extra
 from ._spec import FORMAT_VERSION
+from ._topk import check_k, largest
 from .quantizer import TurboQuant
 
 try:
@@ -218,8 +219,8 @@ def topk(
 
     Notes
     -----
-    A task holds the scores of one chunk of queries with one chunk of vectors, and 16 bytes beside
-    each; choose the chunks of the queries accordingly.
+    A task is `TurboQuant.topk` of one chunk of queries and one chunk of vectors, which holds the
+    scores of few of them at a time.
 
     Examples
     --------
@@ -238,15 +239,11 @@ def topk(
     query = _check_query(query, packed, norms, quantizer)
     if packed.ndim != 2:
         raise ValueError(f"packed must have shape [n, packed_dim], got {packed.shape}; reshape it")
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
-        raise TypeError(f"k must be an integer, got {k!r}")
     if math.isnan(norms.shape[0]):
         raise ValueError(
             "the number of vectors is unknown; call compute_chunk_sizes() on packed and norms"
         )
-    if not 1 <= k <= norms.shape[0]:
-        raise ValueError(f"k must be from 1 to the {norms.shape[0]} vectors, got {k}")
-    k, m = int(k), query.ndim - 1
+    k, m = check_k(k, norms.shape[0]), query.ndim - 1
     axes = tuple(range(m + 1))
     rows = da.arange(norms.shape[0], chunks=norms.chunks, dtype=np.int64)
     metas = _meta(packed, m + 1, np.float32), _meta(packed, m + 1, np.int64)
@@ -338,29 +335,18 @@ def _inner_products_block(query: Any, packed: Any, norms: Any, *, quantizer: Tur
 def _topk_block(
     query: Any, packed: Any, norms: Any, rows: Any, *, quantizer: TurboQuant, k: int
 ) -> tuple[Any, Any]:
-    scores = quantizer.inner_products(_single(query), _single(packed), norms)
-    return _largest(scores, rows, k=k)
+    query = _single(query)
+    if not len(norms):
+        empty = np.empty((*query.shape[:-1], 0), np.float32, like=norms)
+        return empty, empty.astype(np.int64)
+    scores, found = quantizer.topk(query, _single(packed), norms, min(k, len(norms)))
+    return scores, found + int(rows[0])
 
 
 def _largest(scores: Any, indices: Any, *, k: int) -> tuple[Any, Any]:
-    """The k largest scores along the last axis, largest first, and their indices.
-
-    Of equal scores the one that stands first wins.  Score and position are combined to one integer
-    which sorts like the pair, so that this holds at the k-th place too.
-    """
-    length = scores.shape[-1]
-    k = min(k, length)
-    bits = (scores + np.float32(0)).view(np.uint32)  # + 0 makes -0 and 0 equal
-    ascending = np.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)
-    from_the_end = np.arange(length - 1, -1, -1, dtype=np.uint64, like=scores)
-    keys = ascending << 32 | from_the_end
-    best = np.sort(np.partition(keys, length - k, axis=-1)[..., length - k :], axis=-1)[..., ::-1]
-    positions = length - 1 - (best & np.uint64(2**32 - 1)).astype(np.int64)
-    indices = np.broadcast_to(np.asarray(indices, like=scores), scores.shape)
-    return (
-        np.take_along_axis(scores, positions, axis=-1),
-        np.take_along_axis(indices, positions, axis=-1),
-    )
+    """The k largest scores along the last axis, largest first, and their indices."""
+    best, positions = largest(scores, min(k, scores.shape[-1]))
+    return best, np.take_along_axis(indices, positions, axis=-1)
 
 
 def _single(block: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _arrays, _backend, memory, validation
+from . import _arrays, _backend, _topk, memory, validation
 from ._checks import (
     check_same_place,
     check_vectors,
@@ -311,6 +311,66 @@ class TurboQuant:
         backend.inner_products(self._spec, _arrays.native(queries), codes, scales, scores)
         result = give_back(scores)
         return result if out is None else out
+
+    def topk(
+        self, query: Any, packed: Any, norms: Any, k: int, *, offsets: Any = None
+    ) -> tuple[Any, Any]:
+        """The k largest inner products of every query with packed vectors, and where they are.
+
+        Scores are made and dropped block by block, so memory does not grow with n.
+
+        Parameters
+        ----------
+        query : array, shape [*m, head_dim]
+        packed : array, uint8, shape [n, packed_dim]
+        norms : array, float32, shape [n]
+        k : int
+            From 1 to n.
+        offsets : array, floating point, shape [n], optional
+            Added to the scores of each vector, as float32, before they are compared.
+
+        Returns
+        -------
+        scores : array, float32, shape [*m, k]
+            Largest first; NaN, of vectors encoded unchecked, last.
+        indices : array, int64, shape [*m, k]
+            Rows of `packed`; of equal scores the lower row comes first.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `inner_products`; if `packed` has more axes, `k` is not from 1 to n, or `offsets` do
+            not fit `norms`.
+
+        Notes
+        -----
+        Scores are those of `inner_products` to float32 accuracy: sums over blocks of other sizes
+        may be rounded otherwise.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from turboquant_np import TurboQuant
+        >>> x = np.random.default_rng(0).standard_normal((1000, 64)).astype(np.float32)
+        >>> tq = TurboQuant(head_dim=64, bits=4, scale="unbiased")
+        >>> scores, indices = tq.topk(x[[7, 2]], *tq.encode(x), k=3)
+        >>> scores.shape, indices[:, 0].tolist()
+        ((2, 3), [7, 2])
+        """
+        queries, _ = _arrays.take_in(query, "query")
+        check_vectors(self._spec, queries, "query")
+        codes, scales, give_back = take_in_packed(self._spec, packed, norms)
+        check_same_place(queries, "query", codes, "packed")
+        if codes.ndim != 2:
+            raise ValueError(
+                f"packed must have shape [n, packed_dim], got {codes.shape}; reshape it and norms"
+            )
+        k = _topk.check_k(k, len(codes))
+        added = None if offsets is None else _topk.take_in_offsets(offsets, scales)
+        rows = queries.reshape(math.prod(queries.shape[:-1]), self.head_dim)
+        shape = (*queries.shape[:-1], k)
+        best, found = _topk.search(self, rows, codes, scales, added, k)
+        return give_back(best.reshape(shape)), give_back(found.reshape(shape))
 
     # -- sizes and self-tests ----------------------------------------------------------------------
 

@@ -23,7 +23,6 @@ import json
 import math
 import os
 import platform
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -42,18 +41,6 @@ DOCS = Path(__file__).resolve().parents[1]
 QUERIES, ROUNDS, DEPTH = 1000, 4, 100
 Search = Callable[[Any, int], Any]  # (queries [m, d], k) to indices [m, k]
 Index = tuple[Search, float]  # with bytes a vector
-
-
-def function_of_the_guide() -> Any:
-    """`topk` as docs/how-to/search-embeddings.md prints it: what users run is what is measured."""
-    guide = (DOCS / "how-to" / "search-embeddings.md").read_text("utf-8")
-    (code,) = re.findall(r"^def topk\(.*?\n(?=\n\n)", guide, re.MULTILINE | re.DOTALL)
-    namespace: dict[str, Any] = {"np": np}
-    exec(code, namespace)
-    return namespace["topk"]
-
-
-topk = function_of_the_guide()
 
 # -- data ------------------------------------------------------------------------------------------
 
@@ -99,8 +86,11 @@ def turboquant(x: Any, bits: int, scale: str, half: bool = False) -> Index:
     packed, scales = tq.encode(x)
     if half:
         scales = scales.astype(np.float16)
-    search = partial(topk, tq, packed=packed, scales=scales)
-    return lambda queries, k: search(queries, k=k)[1], tq.packed_dim + scales.itemsize
+
+    def search(queries: Any, k: int) -> Any:
+        return tq.topk(queries, packed, scales.astype(np.float32), k)[1]
+
+    return search, tq.packed_dim + scales.itemsize
 
 
 def turboquant_centred(x: Any, bits: int) -> Index:
@@ -111,8 +101,11 @@ def turboquant_centred(x: Any, bits: int) -> Index:
     mean = x.mean(axis=0)
     packed, scales = tq.encode(x - mean)
     scales, offsets = scales.astype(np.float16), (x @ mean).astype(np.float16)
-    search = partial(topk, tq, packed=packed, scales=scales, offsets=offsets)
-    return lambda queries, k: search(queries - mean, k=k)[1], tq.packed_dim + 4
+
+    def search(queries: Any, k: int) -> Any:
+        return tq.topk(queries - mean, packed, scales.astype(np.float32), k, offsets=offsets)[1]
+
+    return search, tq.packed_dim + 4
 
 
 def faiss_index(x: Any, index: Any, rotate: bool = True) -> Index:
