@@ -30,7 +30,7 @@ def fill(model: Model, cache: Cache, tokens: int, seed: int) -> int:
     sequence = cache.allocate()
     while tokens:
         count = min(tokens, 512)
-        step = cache.begin_step([sequence], [count])
+        step = cache.begin_step([sequence], [count], pack_first=True)
         for layer in range(c.layers):
             shape = (count, c.kv_heads, c.head_dim)
             keys, values = (random.standard_normal(shape, dtype=np.float32) for _ in "kv")

@@ -39,7 +39,9 @@ class Cache(Protocol):
 
     def length(self, sequence: int) -> int: ...
 
-    def begin_step(self, sequences: list[int], counts: list[int]) -> Step: ...
+    def begin_step(
+        self, sequences: list[int], counts: list[int], *, pack_first: bool = False
+    ) -> Step: ...
 
     def stats(self) -> dict[str, Any]: ...
 
@@ -50,6 +52,7 @@ def make_cache(
     *,
     max_sequences: int,
     max_tokens: int,
+    step_tokens: int = 256,
     key_bits: int = 4,
     value_bits: int = 4,
     device: str = "cpu",
@@ -61,6 +64,8 @@ def make_cache(
     ----------
     config : Config
     kind : {"turboquant", "float"}
+    step_tokens : int
+        New tokens of a step at most: they are in full precision until it is over.
     key_bits, value_bits : int
         Of "turboquant".
     device : {"cpu", "cuda"}
@@ -75,8 +80,8 @@ def make_cache(
     return PagedKVCache(
         *sizes,
         num_blocks=max_sequences * -(-max_tokens // 16),
-        # The first page, the recent ones before a chunk of a prompt and those after it.
-        num_full_blocks=max_sequences * (1 + 5 + 6),
+        # Of each sequence the first page, the recent ones and two that a step may begin or copy.
+        num_full_blocks=max_sequences * (1 + 5 + 2) + -(-step_tokens // 16),
         block_size=16,
         max_sequences=max_sequences,
         key_bits=key_bits,
@@ -141,7 +146,9 @@ class FloatCache:
         """Tokens of a sequence."""
         return self.lengths[sequence]
 
-    def begin_step(self, sequences: list[int], counts: list[int]) -> FloatStep:
+    def begin_step(
+        self, sequences: list[int], counts: list[int], *, pack_first: bool = False
+    ) -> FloatStep:
         """Make sure that there is room for new tokens."""
         lengths = [self.lengths[s] + count for s, count in zip(sequences, counts, strict=True)]
         if max(lengths, default=0) > self.max_tokens:

@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--system", default=SYSTEM, metavar="TEXT", help="what is said before each prompt")
     add("--max-tokens", type=int, default=256, metavar="N", help="of each answer (%(default)s)")
     add("--max-batch", type=int, default=8, metavar="N", help="prompts at a time (%(default)s)")
-    add("--prefill-chunk", type=int, default=64, metavar="N", help="tokens (%(default)s)")
+    add("--prefill-chunk", type=int, default=256, metavar="N", help="tokens (%(default)s)")
     add("--cache", choices=["turboquant", "float"], default="turboquant")
     add("--key-bits", type=int, default=4, choices=range(1, 9), metavar="BITS")
     add("--value-bits", type=int, default=4, choices=range(1, 9), metavar="BITS")
@@ -96,6 +96,7 @@ def answer(model: Model, options: argparse.Namespace) -> None:
         options.cache,
         max_sequences=min(options.max_batch, len(prompts)) + 1,
         max_tokens=max(map(len, prompts)) + options.max_tokens,
+        step_tokens=max(options.prefill_chunk, options.max_batch + 1),
         key_bits=options.key_bits,
         value_bits=options.value_bits,
         device=options.device,

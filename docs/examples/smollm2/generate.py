@@ -59,8 +59,7 @@ class Batch:
         Token that ends an answer.
     prefill_chunk : int
         Prompt tokens that a step takes at most, so that long prompts do not hold up the others.
-        A `PagedKVCache` packs what leaves its windows before it attends: in a chunk that is longer
-        than its `recent_tokens`, 64 by default, tokens see some of their neighbours packed.
+        A `PagedKVCache` needs full-precision pages for them.
 
     Examples
     --------
@@ -71,7 +70,7 @@ class Batch:
     """
 
     def __init__(
-        self, model: Model, cache: Cache, *, stop: int | None = None, prefill_chunk: int = 64
+        self, model: Model, cache: Cache, *, stop: int | None = None, prefill_chunk: int = 256
     ) -> None:
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be positive, got {prefill_chunk}")
