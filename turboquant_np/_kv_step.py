@@ -291,7 +291,7 @@ class Step:
         sliding_window: int | None,
     ) -> Any:
         """Packed and full-precision pages together, in as few launches as the backend can."""
-        from .backends.cuda.attention import FullPages, attention, window_tiles
+        from .backends.cuda.attention import FullPages, attention_beside, window_tiles
 
         c, tables = self.cache, self._tables
         assert tables is not None
@@ -335,7 +335,7 @@ class Step:
             offset_slots=tables.offset_slots,
         )
         batch = replace(batch, key_offset=c._key_offsets[layer])
-        attention(c.key_quantizer._spec, c.value_quantizer._spec, batch, full)
+        attention_beside(c.key_quantizer._spec, c.value_quantizer._spec, batch, full)
         return batch.out
 
     def _attend_window(

@@ -73,15 +73,17 @@ def window_tiles(query_lens: Sequence[int], group: int) -> tuple[npt.NDArray[Any
     return np.array(tiles, np.int32).reshape(-1, 2), rows
 
 
-def attention(
-    key_spec: CodecSpec,
-    value_spec: CodecSpec,
-    batch: AttentionBatch,
-    full: FullPages | None = None,
-) -> None:
-    """Fill batch.out and batch.lse; see AttentionBatch for shapes.
+def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch) -> None:
+    """Fill batch.out and batch.lse; see AttentionBatch for shapes, `attention_beside` for more."""
+    attention_beside(key_spec, value_spec, batch, None)
 
-    `full` are tokens beside the packed ones; then batch.query_start_loc must be given.
+
+def attention_beside(
+    key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch, full: FullPages | None
+) -> None:
+    """Attention to packed tokens and, beside them, those of full-precision pages.
+
+    With `full`, batch.query_start_loc must be given.
 
     Nothing waits for the device, and the launches depend on shapes only: a captured graph stays
     valid while context_lens, block_tables and the contents of the cache change.  Scratch memory
