@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,7 @@ from turboquant_np._spec import CodecSpec
 from turboquant_np.rotation import MATRIX_FRACTION_BITS, DenseRotation
 
 from .compile import Kernel, compiled
-from .kernels import FLUSHES_SUBNORMALS, Plan, scratch_floats
+from .kernels import FLUSHES_SUBNORMALS, Plan, can_batch, scratch_floats
 from .quantize import cells_for, host_tables
 from .simd import CACHE_LINE, target
 from .threads import for_rows
@@ -35,7 +35,7 @@ class Constants:
 
     encode: npt.NDArray[np.float32]  # tables with the centroids of z
     decode: npt.NDArray[np.float32]  # tables with what codes decode to
-    signs: npt.NDArray[np.int32]  # [steps + 1, dim + width] masks
+    signs: npt.NDArray[np.float32]  # [steps + 1, dim + width] +1 and -1
     rounds: int
     cells: int
 
@@ -59,11 +59,11 @@ def _make_constants(spec: CodecSpec) -> Constants:
     cpu, rotation = target(), spec.rotation
     if isinstance(rotation, DenseRotation):
         values = np.rint(np.ldexp(spec.centroids, CENTROID_FRACTION_BITS))
-        signs, rounds = np.zeros((1, 1), np.int32), 0
+        signs, rounds = np.ones((1, 1), np.float32), 0
     else:
         values, rounds = spec.decode_table, rotation.rounds
-        signs = np.zeros((len(rotation.signs) + 1, spec.head_dim + cpu.width), np.int32)
-        signs[:-1, : spec.head_dim] = np.where(rotation.signs < 0, np.int32(-(2**31)), 0)
+        signs = np.ones((len(rotation.signs) + 1, spec.head_dim + cpu.width), np.float32)
+        signs[:-1, : spec.head_dim] = rotation.signs
     return Constants(
         host_tables(cpu, spec, spec.centroids),
         host_tables(cpu, spec, values),
@@ -154,6 +154,18 @@ def check_status(status: int) -> None:
         )
 
 
+@cache
+def hadamard_kernel(kind: str, dtype: Any, rounds: int, **settings: Any) -> Kernel:
+    """Kernel to encode or decode with a Hadamard rotation, by batches or by rows.
+
+    Remembered by NumPy's dtype, whose name takes longer to find than small calls should.
+    """
+    plan = Plan(kind, dtype=dtype.name, **settings)
+    if rounds > 1 and can_batch(target().width, plan):
+        plan = replace(plan, kind=f"{kind}_batch")
+    return compiled(plan)
+
+
 def row_blocks(vectors: Any, dim: int) -> Iterator[tuple[int, Any]]:
     """(first row, [rows, dim] array with a contiguous last axis), over all of `vectors`.
 
@@ -196,7 +208,7 @@ def encode_rows(
     if output == "z":
         settings.update(bits=8, cells=0)
     if not isinstance(spec.rotation, DenseRotation):
-        kernel = compiled(Plan("encode", dtype=rows.dtype.name, **settings))
+        kernel = hadamard_kernel("encode", rows.dtype, constants.rounds, **settings)
         launch(kernel, spec, "encode", rows, result, scales)
         return
     fix = compiled(Plan("fix", spec.head_dim, dtype=rows.dtype.name))
@@ -223,7 +235,8 @@ def decode(spec: CodecSpec, packed: Any, scales: Any, out: Any) -> None:
     if not len(rows):
         return
     if not isinstance(spec.rotation, DenseRotation):
-        kernel = compiled(Plan("decode", spec.head_dim, spec.bits, out.dtype.name))
+        rounds = constants_of(spec).rounds
+        kernel = hadamard_kernel("decode", out.dtype, rounds, dim=spec.head_dim, bits=spec.bits)
         launch(kernel, spec, "decode", codes, rows, flat_scales)
         return
     look_up = compiled(Plan("look_up", spec.head_dim, spec.bits, "float64"))

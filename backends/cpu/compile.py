@@ -25,8 +25,10 @@ from numba.extending import intrinsic
 from .attend import emit_project
 from .attend_units import emit_attend, emit_merge
 from .decode import emit_decode, emit_look_up, emit_look_up_scaled, emit_score
+from .decode_batch import emit_decode_batch
 from .dense import emit_decode_product, emit_encode_product, emit_fix
 from .encode import emit_encode
+from .encode_batch import emit_encode_batch
 from .kernels import FLUSHES_SUBNORMALS, OK, Arguments, Plan, subnormals_survive
 from .simd import I64, Simd, target
 
@@ -34,9 +36,11 @@ Kernel = Callable[..., int]
 
 BODIES = {
     "encode": emit_encode,
+    "encode_batch": emit_encode_batch,
     "fix": emit_fix,
     "encode_product": emit_encode_product,
     "decode": emit_decode,
+    "decode_batch": emit_decode_batch,
     "look_up": emit_look_up,
     "look_up_scaled": emit_look_up_scaled,
     "score": emit_score,

@@ -18,13 +18,12 @@ from .kernels import (
     stays_in_registers,
 )
 from .normalize import (
+    final_scale,
     fold,
     fold_lanes,
     fold_memory,
-    nan,
     normalize_memory,
     normalize_registers,
-    times_power_of_two,
 )
 from .packing import GROUP, packed_bytes, store_codes
 from .quantize import DIM, GAIN, Quantizer, values_table
@@ -95,9 +94,7 @@ class RowWriter:
 
     def write_scale(self, row: Value, scale: Value, exponent: Value) -> None:
         s = self.s
-        scale = times_power_of_two(s, scale, exponent)
-        scale = s.b.select(s.b.fcmp_unordered("uno", scale, scale), nan(s), scale)
-        s.store(scale, self.a.scales, s.times(row, 4))
+        s.store(final_scale(s, scale, exponent), self.a.scales, s.times(row, 4))
 
 
 def _encode_in_registers(s: Simd, plan: Plan, a: Arguments) -> None:

@@ -24,8 +24,8 @@ class Plan:
 
     Attributes
     ----------
-    kind : {"encode", "fix", "encode_product", "decode", "look_up", "look_up_scaled", "score",
-        "decode_product", "attend", "merge", "project"}
+    kind : {"encode", "encode_batch", "fix", "encode_product", "decode", "decode_batch",
+        "look_up", "look_up_scaled", "score", "decode_product", "attend", "merge", "project"}
     dim, bits : int
     dtype : str
         Element type of the vectors on the side that is not codes.
@@ -70,7 +70,7 @@ class Arguments(NamedTuple):
     scales: Value  # float32 [rows]
     rows: Value  # their number
     tables: Value  # see quantize.host_tables
-    signs: Value  # int32 [steps + 1, dim + width], see rotate.RowRotation
+    signs: Value  # float32 [steps + 1, dim + width], see rotate.RowRotation
     parameter: Value  # rounds of the rotation, or the bits of a float
     scratch: Value  # zeros, scratch_floats(plan) of them
     exponents: Value  # int32 [rows, 2], dense rotations only
@@ -82,8 +82,9 @@ def row_floats(dim: int, width: int) -> int:
 
 
 def scratch_floats(dim: int, width: int) -> int:
-    """A row, partial sums, and two rows of products."""
-    return 4 * row_floats(dim, width)
+    """Room for what the kernels keep beside their arguments."""
+    rows = 4 * row_floats(dim, width)  # a row, partial sums, two rows of products
+    return max(rows, 3 * width * (dim + width))  # columns.Columns
 
 
 def registers_of_row(dim: int, width: int) -> int:
@@ -94,6 +95,16 @@ def stays_in_registers(s: Simd, plan: Plan) -> bool:
     """Whether whole rows are held in (virtual) registers."""
     most = 32 if s.width == 4 else 16
     return plan.is_power_of_two and s.width <= plan.dim <= most * s.width
+
+
+def can_batch(width: int, plan: Plan) -> bool:
+    """Whether batches of `width` vectors can be encoded and decoded, which pays from two rounds on.
+
+    Not where a batch would not fit the first-level cache, or where looking up thresholds in memory
+    takes most of the time anyway.
+    """
+    fits = plan.is_power_of_two and width <= plan.dim <= 128 and plan.bits <= 5
+    return fits and plan.output == "codes" and plan.scale == "norm"
 
 
 def rows_at_once(s: Simd, plan: Plan) -> int:

@@ -68,7 +68,8 @@ def fold_memory(s: Simd, load: Callable[[Value], Register], count: int, partial:
 
 
 def is_unsafe(s: Simd, sum_of_squares: Value) -> Value:
-    low, high = (ir.Constant(F32, bound) for bound in SAFE_SUM_OF_SQUARES)
+    """Whether the range step is needed, for a scalar or for each lane of a register."""
+    low, high = (s.constant_like(sum_of_squares, float(bound)) for bound in SAFE_SUM_OF_SQUARES)
     b = s.b
     at_least = b.fcmp_ordered(">=", sum_of_squares, low)
     return b.not_(b.and_(at_least, b.fcmp_ordered("<=", sum_of_squares, high)))
@@ -128,16 +129,25 @@ def power_of_two(s: Simd, exponent: Value) -> Value:
     return s.b.bitcast(s.b.shl(biased, ir.Constant(I32, 23)), F32)
 
 
-def times_power_of_two(s: Simd, value: Value, exponent: Value) -> Value:
-    """value * 2**exponent (ldexp): exact in float64, so rounded once, into float32."""
+def final_scale(s: Simd, scale: Value, exponent: Value) -> Value:
+    """scale * 2**exponent (ldexp), with the one NaN that is stored; of a row, or of a register.
+
+    The product is exact in float64, so it is rounded once, into float32.
+    """
     b = s.b
-    biased = b.sext(b.add(exponent, ir.Constant(I32, 1023)), I64)
-    power = b.bitcast(b.shl(biased, ir.Constant(I64, 52)), F64)
-    return b.fptrunc(b.fmul(b.fpext(value, F64), power), F32)
+    wide = b.sext(exponent, s.like(exponent, I64))
+    biased = b.add(wide, s.constant_like(wide, 1023))
+    power = b.bitcast(b.shl(biased, s.constant_like(wide, 52)), s.like(scale, F64))
+    product = b.fptrunc(b.fmul(b.fpext(scale, power.type), power), scale.type)
+    canonical = b.bitcast(s.constant_like(exponent, NAN_BITS), scale.type)
+    return b.select(b.fcmp_unordered("uno", product, product), canonical, product)
 
 
 def norm_of(s: Simd, sum_of_squares: Value) -> Value:
-    return s.call("llvm.sqrt.f32", F32, sum_of_squares)
+    """The square root, of a scalar or of a register."""
+    is_register = isinstance(sum_of_squares.type, ir.VectorType)
+    name = f"llvm.sqrt.v{s.width}f32" if is_register else "llvm.sqrt.f32"
+    return s.call(name, sum_of_squares.type, sum_of_squares)
 
 
 def nan(s: Simd) -> Value:

@@ -30,11 +30,19 @@ def store_codes(
 
 def _pack(s: Simd, codes: list[Register], bits: int) -> Register:
     """GROUP registers of codes -> their bytes in order."""
-    b = s.b
-    stream = _bytes_in_order(s, codes)
-    if bits == 8:
-        return stream
-    field, size = bits, 8
+    return _join_fields(s, _bytes_in_order(s, codes), bits)
+
+
+def pack_words(s: Simd, words: Register, field: int) -> Register:
+    """Words with a field of `field` bits each (low, garbage above) -> their bytes in order."""
+    if field % 8:
+        words = s.b.and_(words, s.const_i((1 << field) - 1))
+    return _join_fields(s, words, field)
+
+
+def _join_fields(s: Simd, stream: Register, field: int) -> Register:
+    """Lanes with a field in their low bits -> the fields, big-endian, in bytes."""
+    b, size = s.b, stream.type.element.width
     while field % 8:
         wide = vector({8: I16, 16: I32, 32: I64}[size], stream.type.count // 2)
         pair = b.bitcast(stream, wide)
@@ -44,7 +52,7 @@ def _pack(s: Simd, codes: list[Register], bits: int) -> Register:
         stream = b.or_(b.shl(b.and_(pair, low), by), b.lshr(pair, across))
         field, size = 2 * field, 2 * size
     if field == 8:
-        return b.trunc(stream, vector(I8, stream.type.count))
+        return stream if size == 8 else b.trunc(stream, vector(I8, stream.type.count))
     lanes, per_lane, used = stream.type.count, size // 8, field // 8
     order = [lane * per_lane + used - 1 - i for lane in range(lanes) for i in range(used)]
     return s.shuffle(b.bitcast(stream, vector(I8, lanes * per_lane)), None, order)
@@ -82,3 +90,18 @@ def load_codes(s: Simd, bits: int, address: Value, offset: Offset, count: int) -
         shift = s.const_i([16 - bits - p % 8 for p in position])
         registers.append(b.lshr(window, shift))
     return registers
+
+
+def load_words(
+    s: Simd, codes_per_word: int, bits: int, address: Value, offset: Offset, words: int
+) -> Register:
+    """A lane for each of up to `width` words of codes, the last code in the lowest bits; what is
+    above the codes is garbage.
+    """
+    field = codes_per_word * bits
+    stream = s.load(vector(I8, packed_bytes(words * field, 1)), address, offset)
+    ends = [min(lane + 1, words) * field for lane in range(s.width)]
+    order = [max(0, (end - 1) // 8 - byte) for end in ends for byte in range(4)]
+    register = s.b.bitcast(s.shuffle(stream, None, order), s.ints)
+    shift = [-end % 8 for end in ends]
+    return s.b.lshr(register, s.const_i(shift)) if any(shift) else register

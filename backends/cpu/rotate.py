@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .simd import F32, I32, I64, Register, Simd, Value, vector
+from .simd import F32, I64, Register, Simd, Value, vector
 
 HALF_SQRT = math.sqrt(0.5)
 Hook = Callable[[list[Register], list[Value]], list[Register]]  # (registers, byte offsets)
@@ -29,10 +29,9 @@ def transform_lanes(s: Simd, register: Register, size: int) -> Register:
     return register
 
 
-def butterflies(s: Simd, registers: list[Register]) -> list[Register]:
-    """Walsh-Hadamard transform across a power of two of registers."""
+def butterflies(s: Simd, registers: list[Register], stride: int = 1) -> list[Register]:
+    """Walsh-Hadamard transform across a power of two of registers, from a stride on."""
     registers = list(registers)
-    stride = 1
     while stride < len(registers):
         for i in range(len(registers)):
             if not i & stride:
@@ -47,8 +46,8 @@ def transform_registers(s: Simd, registers: list[Register]) -> list[Register]:
 
 
 def load_signs(s: Simd, signs: Value, offset: Value) -> Register:
-    """Sign bits of one register from the table of masks."""
-    return s.load(s.ints, signs, offset)
+    """Signs of one register, +1 or -1."""
+    return s.load(s.floats, signs, offset)
 
 
 def no_hook(registers: list[Register], offsets: list[Value]) -> list[Register]:
@@ -98,14 +97,14 @@ def mix_halves(
 ) -> None:
     """a, b = first and last dim // 2 floats become (a + b) / sqrt(2), (a - b) / sqrt(2), in place.
 
-    before, after : addresses of sign masks to flip all coordinates with, before or after that.
+    before, after : addresses of signs to multiply all coordinates with, before or after that.
     """
     half, width, b = dim // 2, s.width, s.b
     root = s.const_f(HALF_SQRT)
     distance = 4 * (dim - half)
 
-    def flip(x: Register, masks: Value | None, offset: Value) -> Register:
-        return x if masks is None else s.flip_signs(x, load_signs(s, masks, offset))
+    def flip(x: Register, flips: Value | None, offset: Value) -> Register:
+        return x if flips is None else s.b.fmul(x, load_signs(s, flips, offset))
 
     def step(offset: Value, count: int) -> None:
         far = s.at(offset, distance)
@@ -122,17 +121,17 @@ def mix_halves(
     if half % width:
         step(s.int64(4 * (half - half % width)), half % width)
     if dim % 2:
-        middle = s.load(I32, row, 4 * half)
-        for masks in (before, after):
-            if masks is not None:
-                middle = b.xor(middle, s.load(I32, masks, 4 * half))
+        middle = s.load(F32, row, 4 * half)
+        for flips in (before, after):
+            if flips is not None:
+                middle = b.fmul(middle, s.load(F32, flips, 4 * half))
         s.store(middle, row, 4 * half)
 
 
 class RowRotation:
     """The Hadamard rotation of one scratch row, forward and back.
 
-    Masks of signs: [steps + 1, padded] int32; the last row is all zero (no flips), so that every
+    Signs: [steps + 1, dim + width] float32; the last row is all +1 (no flips), so that every
     step can end (forward) or begin (back) with the signs of the next one.
     """
 
@@ -140,26 +139,26 @@ class RowRotation:
         self, s: Simd, dim: int, row: Value, signs: Value, pitch: int, rounds: Value
     ) -> None:
         self.s, self.dim, self.row, self.signs = s, dim, row, signs
-        self.pitch = pitch  # bytes of a row of masks
+        self.pitch = pitch  # bytes of a row of signs
         self.rounds = rounds
         self.block = 1 << (dim.bit_length() - 1)
         self.is_power_of_two = self.block == dim
 
     def first_signs(self, x: Register, offset: Value) -> Register:
-        return self.s.flip_signs(x, load_signs(self.s, self.signs, offset))
+        return self.s.b.fmul(x, load_signs(self.s, self.signs, offset))
 
     def forward(self) -> None:
         """Rotate; the signs of step 0 have been applied already."""
         s = self.s
         with s.loop(self.rounds) as r:
             if self.is_power_of_two:
-                masks = self._masks(s.at(r, 1))
-                transform_memory(s, self.row, self.dim, last=self._flip(masks))
+                flips = self._signs_of(s.at(r, 1))
+                transform_memory(s, self.row, self.dim, last=self._flip(flips))
                 return
             for half in (0, 1):
                 self._transform_part(half)
-                masks = self._masks(s.at(s.times(r, 2), half + 1))
-                mix_halves(s, self.row, self.dim, after=masks)
+                flips = self._signs_of(s.at(s.times(r, 2), half + 1))
+                mix_halves(s, self.row, self.dim, after=flips)
 
     def back(self) -> None:
         """Rotate back, all but the signs of step 0."""
@@ -167,23 +166,23 @@ class RowRotation:
         with s.loop(self.rounds) as i:
             r = s.b.sub(s.b.sub(self.rounds, i), s.int64(1))
             if self.is_power_of_two:
-                masks = self._masks(s.at(r, 1))
-                transform_memory(s, self.row, self.dim, first=self._flip(masks))
+                flips = self._signs_of(s.at(r, 1))
+                transform_memory(s, self.row, self.dim, first=self._flip(flips))
                 return
             for half in (1, 0):
-                masks = self._masks(s.at(s.times(r, 2), half + 1))
-                mix_halves(s, self.row, self.dim, before=masks)
+                flips = self._signs_of(s.at(s.times(r, 2), half + 1))
+                mix_halves(s, self.row, self.dim, before=flips)
                 self._transform_part(half)
 
-    def _masks(self, step: Value) -> Value:
+    def _signs_of(self, step: Value) -> Value:
         return self.s.at(self.signs, self.s.times(step, self.pitch))
 
-    def _flip(self, masks: Value) -> Hook:
+    def _flip(self, flips: Value) -> Hook:
         s = self.s
 
         def hook(registers: list[Register], offsets: list[Value]) -> list[Register]:
             return [
-                s.flip_signs(x, load_signs(s, masks, o))
+                s.b.fmul(x, load_signs(s, flips, o))
                 for x, o in zip(registers, offsets, strict=True)
             ]
 
@@ -214,16 +213,16 @@ def rotate_registers(
     for phi, x in zip(phis, flat, strict=True):
         phi.add_incoming(x, before)
     step = b.sub(b.sub(rounds, turn), s.int64(1)) if back else turn
-    masks = s.at(signs, s.times(step, pitch))
-    flips = [load_signs(s, masks, 4 * s.width * k) for k in range(count)]
+    start = s.at(signs, s.times(step, pitch))
+    flips = [load_signs(s, start, 4 * s.width * k) for k in range(count)]
     result = []
     for u in range(len(rows)):
         registers = phis[u * count : (u + 1) * count]
         if not back:
-            registers = [s.flip_signs(x, f) for x, f in zip(registers, flips, strict=True)]
+            registers = [s.b.fmul(x, f) for x, f in zip(registers, flips, strict=True)]
         registers = transform_registers(s, registers)
         if back:
-            registers = [s.flip_signs(x, f) for x, f in zip(registers, flips, strict=True)]
+            registers = [s.b.fmul(x, f) for x, f in zip(registers, flips, strict=True)]
         result.append(registers)
     following = s.at(turn, 1)
     turn.add_incoming(following, b.block)

@@ -105,6 +105,17 @@ class Simd:
     ) -> Register:
         return self._constant(of, values, lanes or self.width, int)
 
+    def like(self, value: Value, of: Any) -> Any:
+        """The type with elements `of` and as many lanes as `value`, a scalar or a register."""
+        is_register = isinstance(value.type, ir.VectorType)
+        return vector(of, value.type.count) if is_register else of
+
+    def constant_like(self, value: Value, number: float) -> Value:
+        """A number in every lane, of the type of `value`, a scalar or a register."""
+        if isinstance(value.type, ir.VectorType):
+            return ir.Constant(value.type, [number] * value.type.count)
+        return ir.Constant(value.type, number)
+
     def _constant(self, of: Any, values: Any, lanes: int, cast: Any) -> Register:
         many = list(values) if isinstance(values, Sequence) else [values] * lanes
         return ir.Constant(vector(of, len(many)), [ir.Constant(of, cast(v)) for v in many])
@@ -128,13 +139,16 @@ class Simd:
     def store(self, value: Value, address: Value, offset: Offset = 0) -> None:
         self.b.store(value, self._pointer(address, offset)).align = 1
 
-    def prefetch(self, address: Value, size: int, *, level: int = 1) -> None:
-        """Ask for `size` bytes from `address` on in a level of the cache; any address will do."""
+    def prefetch(self, address: Value, size: int, *, level: int = 1, write: bool = False) -> None:
+        """Ask for `size` bytes from `address` on in a level of the cache; any address will do.
+
+        write : whether they will be written
+        """
         pointer = ir.PointerType()
         kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
         function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
         for line in range(0, size, CACHE_LINE):
-            hints = (ir.Constant(I32, hint) for hint in (0, 4 - level, 1))  # read, level, data
+            hints = (ir.Constant(I32, hint) for hint in (int(write), 4 - level, 1))  # 1: data
             self.b.call(function, [self._pointer(address, line), *hints])
 
     def _pointer(self, address: Value, offset: Offset) -> Value:
@@ -238,9 +252,10 @@ class Simd:
     def as_floats(self, register: Register) -> Register:
         return self.b.bitcast(register, vector(F32, register.type.count))
 
-    def flip_signs(self, register: Register, mask: Register) -> Register:
-        """Flip the sign where the mask has its top bit set (the rest of the mask is 0)."""
-        return self.as_floats(self.b.xor(self.as_ints(register), mask))
+    def any_lane(self, condition: Register) -> Value:
+        """Whether a comparison of registers holds in some lane."""
+        lanes = ir.IntType(condition.type.count)
+        return self.b.icmp_unsigned("!=", self.b.bitcast(condition, lanes), ir.Constant(lanes, 0))
 
 
 class Table:
