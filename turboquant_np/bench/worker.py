@@ -29,6 +29,14 @@ THREAD_VARIABLES = (
     "RAYON_NUM_THREADS",
 )
 
+# Threads of OpenMP and OpenBLAS wait busily for some time after a call, and so would take a core
+# from the call that is next in turn.
+NO_BUSY_WAITING = {
+    "OMP_WAIT_POLICY": "passive",
+    "KMP_BLOCKTIME": "0",
+    "OPENBLAS_THREAD_TIMEOUT": "4",
+}
+
 
 def collect_tasks(bench: Workbench, sweeps: bool) -> Iterable[Task]:
     """What the options ask for; growth but for the number of threads in one process only."""
@@ -70,7 +78,7 @@ def measure_in_process(options: Options, threads: int, sweeps: bool = True) -> l
     RuntimeError
         If the process fails; its error stands on stderr.
     """
-    environment = os.environ | {name: str(threads) for name in THREAD_VARIABLES}
+    environment = os.environ | {name: str(threads) for name in THREAD_VARIABLES} | NO_BUSY_WAITING
     settings = json.dumps([asdict(options), threads, sweeps])
     with _confined_to(threads):
         process = subprocess.Popen(
