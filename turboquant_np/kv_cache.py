@@ -24,6 +24,9 @@ from .quantizer import TurboQuant
 __all__ = ["OutOfPagesError", "PagedKVCache", "Step"]
 
 
+STEP_TOKENS = 256  # new tokens of a step that there are full-precision pages for by default
+
+
 class PagedKVCache:
     """A paged cache of attention keys and values for a number of layers.
 
@@ -33,7 +36,8 @@ class PagedKVCache:
     num_blocks : int
         Packed pages, shared by all sequences; each holds `block_size` tokens of every layer.
     num_full_blocks : int, optional
-        Full-precision pages.  By default what `max_sequences` sequences need.
+        Full-precision pages.  By default what the windows of `max_sequences` sequences need, and
+        256 tokens beside them that may come in one step.
     block_size : int
         Tokens of a page.
     max_sequences : int
@@ -128,7 +132,7 @@ class PagedKVCache:
         self._windows = Windows(block_size, sink_tokens, recent_tokens, key_offset_tokens)
         if num_full_blocks is None:
             of_one = self._windows.sink_pages + -(-recent_tokens // block_size) + 2
-            num_full_blocks = max_sequences * of_one
+            num_full_blocks = max_sequences * of_one + -(-STEP_TOKENS // block_size)
         self._full = PagePool(num_full_blocks, "full-precision pages")
         self._packed = PagePool(num_blocks, "packed pages")
         self._offsets = PagePool(max_sequences, "key offsets (max_sequences)")
