@@ -366,3 +366,20 @@ def test_wrong_steps() -> None:
     cache.truncate(a, 5)
     with pytest.raises(RuntimeError, match="the cache has changed"):
         step.attend(0, np.zeros((10, 4, 32), np.float32))
+
+
+def test_packing_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, expected = make_cache(), make_cache()
+    for each in (cache, expected):
+        steps(each, each.allocate(), tokens(200), 200)
+
+    def encode(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.value_quantizer, "encode", encode)
+        with pytest.raises(MemoryError):
+            cache.fork(0)
+    assert cache.stats() == expected.stats()
+    for got, want in zip(cache.read(0, 1), expected.read(0, 1), strict=True):
+        assert_bits_equal(got, want)

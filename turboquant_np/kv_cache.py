@@ -301,9 +301,9 @@ class PagedKVCache:
 
     def _settle(self) -> None:
         """Pack what the last step left to be packed until its attention was over."""
-        step, self._attended_step = self._attended_step, None
-        if step is not None:
-            step.pack()
+        if self._attended_step is not None:
+            self._attended_step.pack()  # if it fails, for want of memory, it can be tried again
+            self._attended_step = None
 
     def _no_open_step(self, what: str) -> None:
         self._settle()
