@@ -367,11 +367,13 @@ def test_goals_of_a_gpu() -> None:
     about = document()["about"] | {"options": {"device": "cuda", "sections": list(SECTIONS)}}
     case = vars(AttentionCase(batch=32, dtype="float16"))
     step = {"section": "attention", "operation": "step", "threads": 0}
+    step |= {"rooflines": {"read": 2.9e12, "copy": 2.5e12}, "bytes_per_second": 2.4e12}
     lines = [
-        {**step, **case, "share": 0.92, "seconds": 1e-4},
-        {**step, **case, "batch": 1, "share": 0.5, "seconds": 12e-6},
+        {**step, **case, "seconds": 1e-4},
+        {**step, **case, "batch": 1, "seconds": 12e-6},
     ]
     found = {goal.what: goal for goal in goals(document(about=about, lines=lines))}
+    assert found["batch 32 x 8192, 4 bits, of a copy"].measured == pytest.approx(0.96)
     assert found["batch 32 x 8192, 4 bits, of a copy"].met is True
     assert found["batch 1 x 8192, 4 bits"].met is False
     assert found["batch 1 x 8192, 4 bits"].measured == pytest.approx(12)

@@ -142,7 +142,7 @@ class ChunkSettings:
         split = len(kept) * self.quantizer.packed_dim
         for part in (slice(None, split), slice(split, None)):
             rows = new[part].reshape(len(kept), -1)
-            np.copyto(rows, old[part].reshape(len(kept), -1), where=kept[:, None])
+            rows[kept] = old[part].reshape(len(kept), -1)[kept]
         return new
 
     def is_zero(self, data: Any, shape: tuple[int, ...]) -> bool:

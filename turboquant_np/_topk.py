@@ -117,7 +117,8 @@ def largest(scores: Any, k: int) -> tuple[Any, Any]:
     bits = (scores + np.float32(0)).view(np.uint32)  # + 0 makes -0 and 0 equal
     ascending = np.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))
     ascending = np.where(np.isnan(scores), np.uint32(0), ascending).astype(np.uint64)
-    from_the_end = np.arange(length - 1, -1, -1, dtype=np.uint64, like=scores)
+    # CuPy cannot count down in unsigned integers.
+    from_the_end = np.arange(length, dtype=np.uint64, like=scores)[::-1]
     keys = ascending << 32 | from_the_end
     best = np.sort(np.partition(keys, length - k, axis=-1)[..., length - k :], axis=-1)[..., ::-1]
     positions = length - 1 - (best & np.uint64(2**32 - 1)).astype(np.int64)

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.cuda
 
 class OnGpu(PagedCacheMachine):
     device = "cuda"
+    attention_error = 4e-3
 
 
 TestOnGpu = OnGpu.TestCase

@@ -31,7 +31,9 @@ def on_current_stream(call: Call) -> Call:
     import torch
 
     def run() -> Any:
-        stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr)
+        pointer = cupy.cuda.get_current_stream().ptr
+        # Of pointer 0 torch would make a new stream, for which nobody waits.
+        stream = torch.cuda.ExternalStream(pointer) if pointer else torch.cuda.default_stream()
         with torch.cuda.stream(stream):
             return call()
 

@@ -56,6 +56,14 @@ def _find(rows: Rows, key: str, **settings: Any) -> float | None:
     return None
 
 
+def _share_of_copy(rows: Rows, **settings: Any) -> float | None:
+    """Bytes a second over those of a device-to-device copy."""
+    for row in rows:
+        if settings.items() <= row.items():
+            return float(row["bytes_per_second"]) / float(row["rooflines"]["copy"])
+    return None
+
+
 def _codec(lines: Rows, peers: Rows) -> Iterator[Goal]:
     """d = 128, float32, 4 bits, one core where nothing else is said."""
     base = {"section": "codec", "head_dim": 128, "bits": 4, "dtype": "float32"}
@@ -114,7 +122,7 @@ def _cuda_codec(lines: Rows) -> Iterator[Goal]:
         ("decode", 1, 0.85),
         ("decode", 3, 0.65),
     ):
-        share = _find(lines, "share", operation=operation, rounds=rounds, **base)
+        share = _share_of_copy(lines, operation=operation, rounds=rounds, **base)
         yield Goal(f"{operation}, rounds: {rounds}, of a device copy", needed, "", share)
 
 
@@ -134,7 +142,7 @@ def _cuda_attention(lines: Rows, peers: Rows) -> Iterator[Goal]:
     for (batch, context), needed in CUDA_STEPS.items():
         for bits, share in needed.items():
             settings = {"batch": batch, "context": context, "key_bits": bits, "value_bits": bits}
-            measured = _find(lines, "share", **base, **settings)
+            measured = _share_of_copy(lines, **base, **settings)
             yield Goal(f"batch {batch} x {context}, {bits} bits, of a copy", share, "", measured)
     for bits, microseconds in CUDA_MICROSECONDS.items():
         settings = {"batch": 1, "context": 8192, "key_bits": bits, "value_bits": bits}

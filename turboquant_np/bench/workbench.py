@@ -59,7 +59,8 @@ class Line:
         As `Runner.timed`.
     work : Work
     rooflines : dict of str to float
-        Bytes or operations a second.
+        Bytes or operations a second.  On a GPU a copy is always among them, since speeds there are
+        usually given as a share of it.
     """
 
     section: str
@@ -88,7 +89,9 @@ class Line:
             self.work.memory: self.work.moved_bytes,
             self.work.arithmetic: self.work.operations,
         }
-        return {name: amounts[name] / rate for name, rate in self.rooflines.items()}
+        return {
+            name: amounts[name] / rate for name, rate in self.rooflines.items() if name in amounts
+        }
 
     def row(self) -> Row:
         """For JSON: settings beside figures."""
@@ -176,7 +179,10 @@ class Workbench:
         dict
             `Line.row`.
         """
-        best: dict[str, Roofline | None] = {work.memory: getattr(self.rooflines, work.memory)()}
+        memories = {work.memory, "copy"} if self.device == "cuda" else {work.memory}
+        best: dict[str, Roofline | None] = {
+            name: getattr(self.rooflines, name)() for name in sorted(memories)
+        }
         if product:
             best[work.arithmetic] = self.rooflines.float64_product(*product)
         elif work.operations:

@@ -64,9 +64,13 @@ class PagedCacheMachine(RuleBasedStateMachine):
     ----------
     device : str
         "cpu" or "cuda".
+    attention_error : float
+        How far attention may be from a softmax in float64, over the norm of the longest value.
+        CUDA takes centroids and probabilities in float16, which changes scores as well: 4e-3 there.
     """
 
     device = "cpu"
+    attention_error = 1e-5
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +227,9 @@ class PagedCacheMachine(RuleBasedStateMachine):
                     seen = held.shape[2] - length + i + 1
                     keys, values = held[:, layer, :seen].astype(np.float64)
                     want = _softmax_attention(query[row], keys, values)
-                    assert np.abs(out[row] - want).max() < 1e-4
+                    longest = np.linalg.norm(values, axis=-1).max(initial=0.0)
+                    error = np.linalg.norm(out[row] - want, axis=-1).max()
+                    assert error <= self.attention_error * longest
                     row += 1
 
     # -- what must hold ----------------------------------------------------------------------------
