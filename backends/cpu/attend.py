@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from .kernels import Arguments, Plan
 from .simd import F32, Register, Simd, Value
 from .softmax import STATE_BYTES, variable
 from .tile import REGISTERS_AT_ONCE, TILE, Body, registers_of
@@ -161,26 +160,3 @@ def add_products(
             w = s.splat(s.load(F32, s.at(weights, s.times(t, 4)), 4 * count * r))
             for register, cell in zip(value, cells[r * len(part) :], strict=False):
                 s.b.store(s.multiply_add(w, register, s.b.load(cell)), cell)
-
-
-def emit_project(s: Simd, plan: Plan, a: Arguments) -> None:
-    """Rows at a.source times the matrix at a.signs, all padded to whole registers.
-
-    A kernel of its own, because the threads of a BLAS would wait in the way of ours.
-    """
-    registers = registers_of(plan.dim, s.width)
-    pitch = 4 * s.width * registers
-    matrix = ValueTile(s, plan.dim, a.signs)
-
-    for start in range(0, registers, REGISTERS_AT_ONCE):  # a part of the matrix stays in the cache
-        part = range(start, min(start + REGISTERS_AT_ONCE, registers))
-
-        def block(row: Value, count: int, part: range = part) -> None:
-            source, target = (s.at(x, s.times(row, pitch)) for x in (a.source, a.target))
-            cells = [variable(s, s.const_f(0.0)) for _ in range(count * len(part))]
-            add_products(s, cells, count, registers * s.width, matrix, part, source)
-            for i, cell in enumerate(cells):
-                r, k = i // len(part), part[i % len(part)]
-                s.store(s.b.load(cell), target, r * pitch + 4 * s.width * k)
-
-        in_blocks_of_rows(s, a.rows, block)

@@ -1,4 +1,4 @@
-"""Attention kernels: units of work over pages, and the merging of their partial results.
+"""Attention kernels: units of work over pages.
 
 A unit is a run of tokens of one sequence and a run of query rows.  It goes through its tokens tile
 by tile and, within a tile, through the key/value heads, because the heads of a token lie side by
@@ -7,7 +7,8 @@ side in memory.  Units never share results, so nothing depends on how they are s
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import partial
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -22,106 +23,26 @@ from .attend import (
     rows_at_once,
     scores_block,
 )
+from .attend_call import CALL, OFFSETS, UNIT, Fields, Scratch, row_bytes
 from .kernels import Arguments, Plan
 from .packing import packed_bytes
 from .quantize import values_table
 from .simd import CACHE_LINE, F32, I32, I64, Simd, Value
-from .softmax import NOTHING, STATE_BYTES, exp, softmax_row, variable
-from .tile import TILE, Address, KeyWindows, PackedValues, key_windows_bytes, registers_of
-
-# What all units of a call share, as int64: addresses, and strides in bytes.
-CALL = (
-    "claimed",  # units that threads have begun
-    *("blocks", "blocks_pitch"),  # int64 block tables
-    *("key_codes", "key_block", "key_token", "key_head"),
-    *("key_norms", "key_norm_block", "key_norm_token", "key_norm_head"),
-    *("value_codes", "value_block", "value_token", "value_head"),
-    *("value_norms", "value_norm_block", "value_norm_token", "value_norm_head"),
-    *("block_size", "kv_heads"),
-    "soft_cap",  # float32, 0 for none
-    *("query", "query_head"),  # float32 [kv_heads, rows of the batch, registers * width]
-    *("bias", "bias_head"),  # float32 [kv_heads, rows], added to scaled scores
-    *("first", "last"),  # int32 [rows], the tokens each row sees
-    *("states", "outputs"),  # partial results: maximum, sum, decay; float32 [registers * width]
-    *("result_states", "results", "result_head"),  # merged: the same, by head and row
-)
-# One unit: its sequence, first row and their number, its tokens, its place among partial results
-# (counted in rows; head h and row r are at place + h * rows + r).
-UNIT = ("seq", "row", "rows", "start", "stop", "place")
-# Rows whose partial results lie in `chunks` units behind each other.
-MERGE = ("place", "chunks", "rows", "row")
-
-OFFSETS = ("key_codes", "key_norms", "value_codes", "value_norms")  # of each token of a tile
+from .softmax import NOTHING, STATE_BYTES, softmax_row
+from .tile import TILE, Address, KeyWindows, PackedValues, registers_of
 
 
-class Fields:
-    """int64 fields in memory, by name."""
-
-    def __init__(self, s: Simd, address: Value, names: tuple[str, ...]) -> None:
-        self.s, self.address, self.names = s, address, names
-
-    def __getitem__(self, name: str) -> Value:
-        return self.s.load(I64, self.address, 8 * self.names.index(name))
-
-
-@lru_cache(maxsize=64)
-def attend_scratch_bytes(plan: Plan, rows: int, width: int) -> int:
-    """The offsets of two tiles, norms, a tile, windows, scores."""
-    tile = 4 * width * registers_of(plan.dim, width) * TILE
-    windows = key_windows_bytes(plan.bits, plan.dim, width)
-    return 2 * 8 * TILE * len(OFFSETS) + tile + windows + 4 * TILE * (rows + 2)
-
-
-class Scratch:
-    """Addresses within a thread's scratch memory."""
-
-    def __init__(self, s: Simd, plan: Plan, base: Value) -> None:
-        self.offsets = base  # int64 [2, len(OFFSETS), TILE]
-        self.norms = s.at(base, 2 * 8 * TILE * len(OFFSETS))  # float32 [2, TILE]
-        self.tile = s.at(self.norms, 2 * 4 * TILE)
-        self.windows = s.at(self.tile, 4 * s.width * registers_of(plan.dim, s.width) * TILE)
-        self.scores = s.at(self.windows, key_windows_bytes(plan.bits, plan.dim, s.width))
-
-
-def emit_attend(s: Simd, plan: Plan, a: Arguments) -> None:
-    """Units out of a.rows of them at a.target, until all are claimed by some thread.
-
-    a.source holds the call, a.tables the tables of the keys, a.signs those of the values.
-    """
-    b, call = s.b, Fields(s, a.source, CALL)
-    check, begin, end = (b.append_basic_block(name) for name in ("check", "begin", "end"))
-    claimed = cgutils.alloca_once(b, I64)
-    b.store(_claim(s, call), claimed)
-    b.branch(check)
-    b.position_at_end(check)
-    number = b.load(claimed)
-    b.cbranch(b.icmp_signed("<", number, a.rows), begin, end)
-    b.position_at_end(begin)
-    _attend_unit(s, plan, a, call, _unit(s, a, number), claimed)
-    b.branch(check)
-    b.position_at_end(end)
-
-
-def _claim(s: Simd, call: Fields) -> Value:
-    """Number of a unit that no thread has begun, or beyond the last one."""
-    counter = s.at(call.address, 8 * CALL.index("claimed"))
-    pointer = s.b.inttoptr(counter, ir.PointerType())
-    return s.b.atomic_rmw("add", pointer, s.int64(1), "monotonic")
-
-
-def _unit(s: Simd, a: Arguments, number: Value) -> Fields:
-    return Fields(s, s.at(a.target, s.times(number, 8 * len(UNIT))), UNIT)
-
-
-def _attend_unit(
-    s: Simd, plan: Plan, a: Arguments, call: Fields, unit: Fields, claimed: Value
+def attend_unit(
+    s: Simd, plan: Plan, a: Arguments, call: Fields, task: Value, next_unit: Callable[[], Value]
 ) -> None:
-    """One unit; the next one is claimed during the last tile, to fetch its first tile ahead."""
-    b = s.b
-    start, stop, rows, number = unit["start"], unit["stop"], unit["rows"], b.load(claimed)
+    """One unit.
+
+    next_unit : claims another unit and says which, or gives this one where there is none; that is
+        done during the last tile, to fetch the next unit's first tile ahead
+    """
+    b, pitch, unit = s.b, row_bytes(s, plan), _unit(s, call, task)
+    start, stop, rows = unit["start"], unit["stop"], unit["rows"]
     place, heads = unit["place"], call["kv_heads"]
-    registers = registers_of(plan.dim, s.width)
-    pitch = 4 * s.width * registers
     scratch = Scratch(s, plan, a.scratch)
     states = s.at(call["states"], s.times(place, STATE_BYTES))
     outputs = s.at(call["outputs"], s.times(place, pitch))
@@ -129,30 +50,30 @@ def _attend_unit(
         s.store(ir.Constant(F32, NOTHING), states, s.times(i, STATE_BYTES))
         s.store(ir.Constant(F32, 0.0), states, s.at(s.times(i, STATE_BYTES), 4))
         row = s.at(outputs, s.times(i, pitch))
-        for k in range(registers):
+        for k in range(registers_of(plan.dim, s.width)):
             s.store(s.const_f(0.0), row, 4 * s.width * k)
     tiles = b.udiv(b.add(b.sub(stop, start), s.int64(TILE - 1)), s.int64(TILE))
     _locate(s, call, unit, start, scratch.offsets)
+    following = cgutils.alloca_once(b, I64)
+    b.store(task, following)
     with s.loop(tiles) as i:
         first = b.add(start, s.times(i, TILE))
         size = 8 * TILE * len(OFFSETS)
         odd = s.times(b.and_(i, s.int64(1)), size)
         here = s.at(scratch.offsets, odd)
         ahead = s.at(scratch.offsets, b.sub(s.int64(size), odd))
-        is_last = b.icmp_signed("==", s.at(i, 1), tiles)
-        with b.if_then(is_last):
-            b.store(_claim(s, call), claimed)
-        following = b.load(claimed)
-        leave = b.and_(is_last, b.icmp_signed("<", following, a.rows))
-        next_unit = _unit(s, a, b.select(leave, following, number))
-        coming = b.select(leave, next_unit["start"], s.at(first, TILE))
-        _locate(s, call, next_unit, coming, ahead)
+        with b.if_then(b.icmp_signed("==", s.at(i, 1), tiles)):
+            b.store(next_unit(), following)
+        leave = b.icmp_signed("!=", b.load(following), task)
+        coming_unit = _unit(s, call, b.load(following))
+        coming = b.select(leave, coming_unit["start"], s.at(first, TILE))
+        _locate(s, call, coming_unit, coming, ahead)
         with s.loop(heads) as h:
             done = b.mul(h, rows)
             state = s.at(states, s.times(done, STATE_BYTES))
             output = s.at(outputs, s.times(done, pitch))
-            query = s.at(call["query"], b.mul(h, call["query_head"]))
-            query = s.at(query, s.times(unit["row"], pitch))
+            row = b.add(b.mul(h, call["rows"]), unit["row"])
+            query = s.at(call["rotated"], s.times(row, pitch))
             # The norms come first, so that their stores are done when vectors of them are loaded.
             s.outlined("norms", _gather_norms, a.source, h, here, scratch.norms)
             where = (a.source, h, here, ahead, a.scratch)
@@ -174,6 +95,10 @@ def _attend_unit(
                 with otherwise:
                     s.outlined("value_tile", partial(_write_value_tile, plan), a.signs, *where)
                     s.outlined("outputs_of_tile", partial(_outputs_of_tile, plan), *outputs)
+
+
+def _unit(s: Simd, call: Fields, number: Value) -> Fields:
+    return Fields(s, s.at(call["unit_list"], s.times(number, 8 * len(UNIT))), UNIT)
 
 
 def most_rows_looked_up(s: Simd, plan: Plan) -> int:
@@ -221,7 +146,7 @@ def _scores_of_tile(plan: Plan, s: Simd, scratch: Value, rows: Value, query: Val
 
 
 def _score_rows(plan: Plan, s: Simd, keys: Keys, scratch: Value, rows: Value, query: Value) -> None:
-    pitch = 4 * s.width * registers_of(plan.dim, s.width)
+    pitch = row_bytes(s, plan)
     scores = Scratch(s, plan, scratch).scores
 
     def block(row: Value, count: int) -> None:
@@ -265,7 +190,7 @@ def _weigh_rows(
     states: Value,
     outputs: Value,
 ) -> None:
-    pitch = 4 * s.width * registers_of(plan.dim, s.width)
+    pitch = row_bytes(s, plan)
     scores = Scratch(s, plan, scratch).scores
 
     def block(row: Value, count: int) -> None:
@@ -367,7 +292,7 @@ def _softmax(
     b = s.b
     call, unit = Fields(s, call_address, CALL), Fields(s, unit_address, UNIT)
     scratch = Scratch(s, plan, scratch_address)
-    cap = s.load(F32, call["soft_cap"])
+    cap = b.bitcast(b.trunc(call["soft_cap"], I32), F32)
     end = b.trunc(b.sub(unit["stop"], first), I32)
     begin = b.trunc(first, I32)
     with s.loop(unit["rows"]) as r:
@@ -375,7 +300,8 @@ def _softmax(
         low = b.sub(s.load(I32, call["first"], s.times(row, 4)), begin)
         high = b.sub(s.load(I32, call["last"], s.times(row, 4)), begin)
         high = b.select(b.icmp_signed("<", high, end), high, end)
-        bias = s.load(F32, s.at(call["bias"], b.mul(head, call["bias_head"])), s.times(row, 4))
+        skip = b.add(b.mul(head, call["bias_head"]), b.mul(row, call["bias_row"]))
+        bias = s.load(F32, call["bias"], skip)
         softmax_row(
             s,
             s.at(scratch.scores, s.times(r, 4 * TILE)),
@@ -387,56 +313,3 @@ def _softmax(
             high,
             s.at(states, s.times(r, STATE_BYTES)),
         )
-
-
-def emit_merge(s: Simd, plan: Plan, a: Arguments) -> None:
-    """a.rows merges at a.target: chunks of the same rows become one result, divided by its sum."""
-    call = Fields(s, a.source, CALL)
-    heads = call["kv_heads"]
-    with s.loop(a.rows) as m:
-        merge = Fields(s, s.at(a.target, s.times(m, 8 * len(MERGE))), MERGE)
-        with s.loop(heads) as h, s.loop(merge["rows"]) as r:
-            _merge_row(s, plan, call, merge, h, r)
-
-
-def _merge_row(s: Simd, plan: Plan, call: Fields, merge: Fields, head: Value, r: Value) -> None:
-    b = s.b
-    registers = registers_of(plan.dim, s.width)
-    pitch = 4 * s.width * registers
-    rows = merge["rows"]
-    place = b.add(merge["place"], b.add(b.mul(head, rows), r))
-    step = b.mul(call["kv_heads"], rows)  # from chunk to chunk
-    top = variable(s, s.const_f(NOTHING))
-    with s.loop(merge["chunks"]) as c:
-        state = _state(s, call, b.add(place, b.mul(c, step)))
-        s.b.store(s.maximum(s.splat(s.load(F32, state)), b.load(top)), top)
-    total = variable(s, s.const_f(0.0))
-    sums = [variable(s, s.const_f(0.0)) for _ in range(registers)]
-    with s.loop(merge["chunks"]) as c:
-        at = b.add(place, b.mul(c, step))
-        state = _state(s, call, at)
-        weight = exp(s, b.fsub(s.splat(s.load(F32, state)), b.load(top)))
-        part = s.splat(s.load(F32, state, 4))
-        b.store(s.multiply_add(weight, part, b.load(total)), total)
-        output = s.at(call["outputs"], s.times(at, pitch))
-        for k, cell in enumerate(sums):
-            value = s.load(s.floats, output, 4 * s.width * k)
-            b.store(s.multiply_add(weight, value, b.load(cell)), cell)
-    whole = b.load(total)
-    seen = b.fcmp_ordered(">", whole, s.const_f(0.0))
-    share = b.fdiv(s.const_f(1.0), b.select(seen, whole, s.const_f(1.0)))
-    row = b.add(merge["row"], r)
-    result = s.at(call["results"], b.add(b.mul(head, call["result_head"]), s.times(row, pitch)))
-    for k, cell in enumerate(sums):
-        s.store(b.fmul(b.load(cell), share), result, 4 * s.width * k)
-    count = b.udiv(call["result_head"], s.int64(pitch))  # rows of the batch
-    final = s.at(call["result_states"], s.times(b.add(b.mul(head, count), row), STATE_BYTES))
-    s.store(s.first(b.load(top)), final)
-    s.store(s.first(whole), final, 4)
-
-
-def _state(s: Simd, call: Fields, place: Value) -> Value:
-    return s.at(call["states"], s.times(place, STATE_BYTES))
-
-
-__all__ = ["CALL", "MERGE", "UNIT", "attend_scratch_bytes", "emit_attend", "emit_merge"]

@@ -1,12 +1,9 @@
-"""Attention on the host side: what happens before and after the kernels.
-
-Queries are rotated by one matrix product; the merged outputs, whose coordinates lie in the order of
-their registers, come back by another.  All rows are padded to whole registers.
-"""
+"""Attention on the host side: what the kernel is told, and how many threads run it."""
 
 from __future__ import annotations
 
-import math
+import struct
+from array import array
 from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,18 +14,20 @@ import numpy.typing as npt
 from turboquant_np._attention_checks import AttentionBatch
 from turboquant_np._spec import CodecSpec
 
-from .attend_units import CALL, attend_scratch_bytes
+from .attend_call import CALL, ROTATED_ROWS, attend_scratch_bytes
 from .attention_cut import Cut, cut
 from .codec import address, check_status, constants_of
 from .compile import Kernel, compiled
 from .kernels import Plan
-from .simd import CACHE_LINE, target
+from .memory import Memory
+from .simd import target
 from .softmax import STATE_BYTES
-from .threads import for_rows, num_threads
+from .threads import lend_helpers
 from .tile import registers_of, value_order
 
-Ints = npt.NDArray[np.int64]
 Float32s = npt.NDArray[np.float32]
+
+_results, _scratch = Memory(), Memory()  # partial results of a call; what each thread works with
 
 
 class Prepared(NamedTuple):
@@ -36,159 +35,137 @@ class Prepared(NamedTuple):
 
     plan: Plan
     attend: Kernel
-    merge: Kernel
-    project: Kernel
     padded: int
     matrices: tuple[Float32s, Float32s]  # [padded, padded]
     into_tiles: int  # address of the first one, which rotates queries
     out_of_tiles: int  # of the second one, which rotates outputs back
     key_tables: int
     value_tables: int
-
-
-class Workspace:
-    """Named float32 arrays in one piece of memory, each on cache lines of its own.
-
-    NumPy takes a microsecond to tell an address; here it tells one for all of them.
-    """
-
-    def __init__(self, **shapes: tuple[int, ...]) -> None:
-        self.shapes, self.starts, size = shapes, dict[str, int](), 0
-        for name, shape in shapes.items():
-            self.starts[name] = size
-            size += -(-4 * math.prod(shape) // CACHE_LINE) * CACHE_LINE
-        self.memory = np.empty(size + CACHE_LINE, np.uint8)
-        at = address(self.memory)
-        self.first = -at % CACHE_LINE
-        self.base = at + self.first
-
-    def address(self, name: str) -> int:
-        return self.base + self.starts[name]
-
-    def array(self, name: str) -> Float32s:
-        start, shape = self.first + self.starts[name], self.shapes[name]
-        part = self.memory[start : start + 4 * math.prod(shape)]
-        return part.view(np.float32).reshape(shape)
+    zero: Float32s  # for every head and row
 
 
 def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch) -> None:
     """Fill batch.out and batch.lse."""
-    tokens, heads, dim = batch.query.shape
-    kv_heads, group = batch.num_kv_heads, batch.group
+    tokens, _, dim = batch.query.shape
     if tokens == 0:
         return
-    work = _cut_of(batch)
-    prepared = _prepare(key_spec, value_spec)
-    rows, padded = tokens * group, prepared.padded
-    space = Workspace(
-        plain=(kv_heads, tokens, group, padded),
-        query=(kv_heads * rows, padded),
-        bias=(kv_heads, tokens, group),
-        soft_cap=(1,),
-        states=(work.places, STATE_BYTES // 4),
-        outputs=(work.places, padded),
-        result_states=(kv_heads, tokens, group, STATE_BYTES // 4),
-        results=(kv_heads * rows, padded),
-        final=(kv_heads, tokens, group, padded),
+    work, prepared = _cut_of(batch), _prepare(key_spec, value_spec)
+    query, out = batch.query, batch.out
+    if query.dtype != np.float32 or query.strides[2] != query.itemsize:
+        query = np.ascontiguousarray(query, np.float32)
+    if out.dtype != np.float32:
+        out = np.empty(out.shape, np.float32)
+    call, in_use = _call(batch, prepared, work, query, out)
+    at_call = call.buffer_info()[0]
+    scratch_bytes = attend_scratch_bytes(prepared.plan, work.most_rows, target().width)
+
+    def take_part(to_the_end: bool) -> int:
+        _, (scratch,) = _scratch.take(scratch_bytes)
+        tables = prepared.key_tables, prepared.value_tables
+        return prepared.attend(at_call, 0, 0, 0, 0, *tables, int(to_the_end), scratch, 0)
+
+    def help_out(in_use: Any = in_use) -> None:
+        """In another thread, which keeps all memory that the call needs."""
+        take_part(to_the_end=False)
+
+    lend_helpers(help_out, work.tokens * batch.num_kv_heads * dim)
+    try:
+        check_status(take_part(to_the_end=True))
+    except RuntimeError:
+        _results.forget()  # helpers may still write there
+        raise
+    if out is not batch.out:
+        batch.out[...] = out
+
+
+def _call(
+    batch: AttentionBatch, prepared: Prepared, work: Cut, query: Float32s, out: Float32s
+) -> tuple[array[int], Any]:
+    """The fields that the kernel reads, and what must live as long as they are in use."""
+    tokens, heads, dim = query.shape
+    kv_heads, group, padded = batch.num_kv_heads, batch.group, prepared.padded
+    rows, row_bytes = tokens * group, 4 * padded
+    tables = np.ascontiguousarray(batch.block_tables, np.int64)
+    bias = prepared.zero
+    if batch.key_offset is not None:
+        bias = _offset_scores(batch, query.reshape(tokens, kv_heads, group, dim))
+    sinks = batch.sinks
+    if sinks is None:
+        sinks = _no_sinks(heads)
+    room, (rotated, states, outputs) = _results.take(
+        kv_heads * rows * row_bytes, work.places * STATE_BYTES, work.places * row_bytes
     )
-    query = batch.query.astype(np.float32, copy=False).reshape(tokens, kv_heads, group, dim)
-    gain = np.float32(batch.scale * dim**-0.5)  # scores are sums over z = sqrt(dim) * coordinates
-    plain = space.array("plain")
-    np.multiply(query.transpose(1, 0, 2, 3), gain, out=plain[..., :dim])
-    if padded > dim:
-        plain[..., dim:] = 0
-    space.array("bias")[...] = _offset_scores(batch, query)
-    _project(prepared, space, "plain", prepared.into_tiles, "query")
-    _run(prepared, batch, work, space)
-    _project(prepared, space, "results", prepared.out_of_tiles, "final")
+    # scores are sums over z = sqrt(dim) * coordinates
+    gain, soft_cap = _bits_of(batch.scale * dim**-0.5, batch.logits_soft_cap)
+    fields = dict(
+        claimed=0,
+        finished=0,
+        rotations=-(-kv_heads * rows // ROTATED_ROWS),
+        units=len(work.units),
+        merges=len(work.merges) * kv_heads,
+        unit_list=address(work.units),
+        merge_list=address(work.merges),
+        blocks=address(tables),
+        blocks_pitch=tables.strides[0],
+        block_size=batch.block_size,
+        kv_heads=kv_heads,
+        group=group,
+        rows=rows,
+        query=address(query),
+        query_token=query.strides[0],
+        query_head=query.strides[1],
+        gain=gain,
+        soft_cap=soft_cap,
+        into_tiles=prepared.into_tiles,
+        out_of_tiles=prepared.out_of_tiles,
+        bias=address(bias),
+        bias_head=bias.strides[0],
+        bias_row=bias.strides[1],
+        sinks=address(sinks),
+        first=address(work.first),
+        last=address(work.last),
+        rotated=rotated,
+        states=states,
+        outputs=outputs,
+        out=address(out),
+        lse=address(batch.lse),
+    )
+    sides = (
+        ("key_codes", "key", batch.k_packed),
+        ("key_norms", "key_norm", batch.k_norms),
+        ("value_codes", "value", batch.v_packed),
+        ("value_norms", "value_norm", batch.v_norms),
+    )
+    for name, stride, part in sides:
+        fields[name] = address(part)
+        fields[f"{stride}_block"], fields[f"{stride}_token"], fields[f"{stride}_head"] = (
+            part.strides[:3]
+        )
+    call = array("q", [fields[name] for name in CALL])
+    return call, (call, batch, work, prepared, query, out, tables, bias, sinks, room)
 
-    out = space.array("final")[..., :dim]
-    states = space.array("result_states")
-    top, total = states[..., 0], states[..., 1]
-    with np.errstate(divide="ignore", over="ignore"):
-        lse = np.where(total > 0, top + np.log(total), np.float32(-np.inf))
-        if batch.sinks is not None:
-            with_sink = np.logaddexp(lse, batch.sinks.reshape(kv_heads, 1, group))
-            out *= np.exp(lse - with_sink)[..., None]
-            lse = with_sink
-        batch.out[...] = out.transpose(1, 0, 2, 3).reshape(tokens, heads, dim)
-    batch.lse[...] = lse.transpose(1, 0, 2).reshape(tokens, heads)
+
+def _bits_of(*numbers: float) -> tuple[int, ...]:
+    """float32 numbers as the integers that have the same bits."""
+    return struct.unpack(f"{len(numbers)}i", struct.pack(f"{len(numbers)}f", *numbers))
 
 
-def _offset_scores(batch: AttentionBatch, query: Float32s) -> Float32s | float:
-    """[kv_heads, tokens, group] what the key offset adds to the scaled scores.
+@lru_cache(maxsize=16)
+def _no_sinks(heads: int) -> Float32s:
+    return np.full(heads, -np.inf, np.float32)
+
+
+def _offset_scores(batch: AttentionBatch, query: Float32s) -> Float32s:
+    """[kv_heads, rows] what the key offset adds to the scaled scores.
 
     query : [tokens, kv_heads, group, head_dim]
     """
-    if batch.key_offset is None:
-        return 0.0
     counts: Any = batch.query_len
     if batch.query_start_loc is not None:
         counts = np.diff(batch.query_start_loc)
     offset = np.repeat(batch.key_offset, counts, axis=0)
     scores: Float32s = np.einsum("tkgd,tkd->ktg", query, offset)
-    return scores * np.float32(batch.scale)
-
-
-def _project(prepared: Prepared, space: Workspace, source: str, matrix: int, target: str) -> None:
-    """Rows of one array times the matrix at an address become rows of another."""
-    from_, to, padded = space.address(source), space.address(target), prepared.padded
-
-    def run(start: int, stop: int) -> None:
-        skip, rows = 4 * padded * start, stop - start
-        tables = prepared.key_tables
-        status = prepared.project(from_ + skip, 0, to + skip, 0, rows, tables, matrix, 0, 0, 0)
-        check_status(status)
-
-    for_rows(math.prod(space.shapes[source]) // padded, padded, run)
-
-
-def _run(prepared: Prepared, batch: AttentionBatch, work: Cut, space: Workspace) -> None:
-    """Launch the units, which the threads claim one by one, and merge their results."""
-    kv_heads, tokens, group, padded = space.shapes["plain"]
-    dim, rows = prepared.plan.dim, tokens * group
-    space.array("soft_cap")[...] = batch.logits_soft_cap
-    tables = np.ascontiguousarray(batch.block_tables, np.int64)
-    fields = {
-        "blocks": address(tables),
-        "blocks_pitch": tables.strides[0],
-        "block_size": batch.block_size,
-        "kv_heads": kv_heads,
-        "query_head": 4 * rows * padded,
-        "bias_head": 4 * rows,
-        "first": address(work.first),
-        "last": address(work.last),
-        "result_head": 4 * rows * padded,
-    }
-    for name in space.shapes:
-        fields[name] = space.address(name)
-    sides = (
-        ("key", batch.k_packed, batch.k_norms),
-        ("value", batch.v_packed, batch.v_norms),
-    )
-    for side, packed, norms in sides:
-        for name, array in ((side, packed), (f"{side}_norm", norms)):
-            fields[f"{name}_block"], fields[f"{name}_token"], fields[f"{name}_head"] = (
-                array.strides[:3]
-            )
-        fields[f"{side}_codes"], fields[f"{side}_norms"] = address(packed), address(norms)
-    call = np.array([0, *(fields[name] for name in CALL[1:])], np.int64)
-    at_call, at_units, at_merges = address(call), address(work.units), address(work.merges)
-    scratch_bytes = attend_scratch_bytes(prepared.plan, work.most_rows, target().width)
-    tables_at = prepared.key_tables, prepared.value_tables
-
-    def attend(_start: int, _stop: int) -> None:
-        scratch, units = Workspace(scratch=(scratch_bytes // 4,)), len(work.units)
-        status = prepared.attend(at_call, 0, at_units, 0, units, *tables_at, 0, scratch.base, 0)
-        check_status(status)
-
-    def merge(start: int, stop: int) -> None:
-        at = at_merges + start * work.merges.strides[0]
-        check_status(prepared.merge(at_call, 0, at, 0, stop - start, *tables_at, 0, 0, 0))
-
-    threads = num_threads()
-    for_rows(threads, work.tokens * kv_heads * dim // threads, attend)
-    for_rows(len(work.merges), kv_heads * work.most_rows * dim, merge)
+    return scores.reshape(len(scores[:, 0]), -1) * np.float32(batch.scale)
 
 
 def _cut_of(batch: AttentionBatch) -> Cut:
@@ -238,14 +215,13 @@ def _prepare(key_spec: CodecSpec, value_spec: CodecSpec) -> Prepared:
         known = of_key[value_spec] = Prepared(
             plan,
             compiled(plan),
-            compiled(Plan("merge", key_spec.head_dim)),
-            compiled(Plan("project", key_spec.head_dim)),
             len(matrices[0]),
             matrices,
             address(matrices[0]),
             address(matrices[1]),
             constants_of(key_spec).addresses["encode"],
             constants_of(value_spec).addresses["encode"],
+            np.broadcast_to(np.zeros(1, np.float32), (2, 2)),
         )
     return known
 

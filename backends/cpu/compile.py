@@ -22,8 +22,7 @@ from numba import njit, types
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.extending import intrinsic
 
-from .attend import emit_project
-from .attend_units import emit_attend, emit_merge
+from .attend_tasks import emit_attend
 from .decode import emit_decode, emit_look_up, emit_look_up_scaled, emit_score
 from .decode_batch import emit_decode_batch
 from .dense import emit_decode_product, emit_encode_product, emit_fix
@@ -46,8 +45,6 @@ BODIES = {
     "score": emit_score,
     "decode_product": emit_decode_product,
     "attend": emit_attend,
-    "merge": emit_merge,
-    "project": emit_project,
 }
 SIGNATURE = types.int64(*[types.int64] * len(Arguments._fields))
 

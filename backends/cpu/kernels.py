@@ -25,7 +25,7 @@ class Plan:
     Attributes
     ----------
     kind : {"encode", "encode_batch", "fix", "encode_product", "decode", "decode_batch",
-        "look_up", "look_up_scaled", "score", "decode_product", "attend", "merge", "project"}
+        "look_up", "look_up_scaled", "score", "decode_product", "attend"}
     dim, bits : int
     dtype : str
         Element type of the vectors on the side that is not codes.

@@ -61,6 +61,7 @@ class Target:
     registers: int  # registers that a block of a row may fill
     has_fma: bool
     has_half: bool
+    has_pause: bool
 
 
 @cache
@@ -78,7 +79,7 @@ def target() -> Target:
         level, width, registers = "generic", 4, 16
     has_fma = any(name in assembly for name in ("vfmadd", "fmla"))
     has_half = any(name in assembly for name in ("vcvtph2ps", "fcvtl"))
-    return Target(cpu, level, width, registers, has_fma, has_half)
+    return Target(cpu, level, width, registers, has_fma, has_half, x86)
 
 
 def vector(of: Any, lanes: int) -> Any:
@@ -150,6 +151,11 @@ class Simd:
         for line in range(0, size, CACHE_LINE):
             hints = (ir.Constant(I32, hint) for hint in (int(write), 4 - level, 1))  # 1: data
             self.b.call(function, [self._pointer(address, line), *hints])
+
+    def pause(self) -> None:
+        """Tell a CPU that has an instruction for it that this thread waits for another one."""
+        if self.target.has_pause:
+            self.call("llvm.x86.sse2.pause", ir.VoidType())
 
     def _pointer(self, address: Value, offset: Offset) -> Value:
         return self.b.inttoptr(self.at(address, offset), ir.PointerType())

@@ -73,6 +73,16 @@ def for_rows(rows: int, elements_per_row: int, task: Task) -> None:
                 helper.result()
 
 
+def lend_helpers(work: Callable[[], None], elements: int) -> None:
+    """Have other threads call `work` as well, if a piece of work of that size is worth it.
+
+    Nobody waits for them, so they may come when all is done.
+    """
+    helpers = min(num_threads(), elements // GRAIN) - 1
+    if helpers > 0 and not getattr(_in_worker, "active", False):
+        _submit(work, helpers)
+
+
 def _submit(work: Callable[[], None], helpers: int) -> list[Future[None]]:
     """Ask the pool to do `work` `helpers` times; the pool grows where it has to."""
     global _pool, _pool_size
