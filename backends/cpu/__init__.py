@@ -10,12 +10,13 @@ import llvmlite
 import numba
 import numpy as np
 
-from ..reference import empty, first_non_finite
+from ..reference import first_non_finite
 from .attention import attention
 from .codec import decode, encode
 from .compile import cache_directory
 from .inner_products import inner_products
 from .paged import encode_paged
+from .results import empty
 from .simd import target
 from .threads import num_threads
 

@@ -17,7 +17,7 @@ from turboquant_np._spec import CodecSpec
 from turboquant_np.rotation import MATRIX_FRACTION_BITS, DenseRotation
 
 from .compile import Kernel, compiled
-from .kernels import FLUSHES_SUBNORMALS, Plan, can_batch, scratch_floats
+from .kernels import FLUSHES_SUBNORMALS, Plan, can_batch, can_stream, scratch_floats
 from .quantize import cells_for, host_tables
 from .simd import CACHE_LINE, target
 from .threads import for_rows
@@ -236,7 +236,9 @@ def decode(spec: CodecSpec, packed: Any, scales: Any, out: Any) -> None:
         return
     if not isinstance(spec.rotation, DenseRotation):
         rounds = constants_of(spec).rounds
-        kernel = hadamard_kernel("decode", out.dtype, rounds, dim=spec.head_dim, bits=spec.bits)
+        streams = can_stream(spec.head_dim, rows.nbytes, address(rows), rows.strides[0])
+        settings = dict(dim=spec.head_dim, bits=spec.bits, streams=streams)
+        kernel = hadamard_kernel("decode", out.dtype, rounds, **settings)
         launch(kernel, spec, "decode", codes, rows, flat_scales)
         return
     look_up = compiled(Plan("look_up", spec.head_dim, spec.bits, "float64"))

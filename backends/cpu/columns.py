@@ -44,6 +44,7 @@ class Columns:
         self.pitch = 4 * (plan.dim + s.width)  # of a row, and of a step's signs
         self.vector_pitch = vector_pitch
         self.writes = plan.kind == "decode_batch"
+        self.fetches = not plan.streams
         # as many codes as fit, if they end at the end of a byte or in its middle
         self.codes_per_word = min(s.width, 8 if plan.bits <= 4 else 4)
         self.last = s.b.sub(a.rows, s.int64(1))
@@ -186,6 +187,8 @@ class Columns:
 
         Spread like this, memory works all the time; a burst of prefetches would stall.
         """
+        if not self.fetches:
+            return
         s, pitch = self.s, self.vector_pitch
         many = max(1, count // turns)  # vectors in a turn
         shares = max(1, turns // count)  # of a vector

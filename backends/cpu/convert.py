@@ -6,7 +6,7 @@ has them and else by integer arithmetic; bfloat16 is the upper half of float32.
 
 from __future__ import annotations
 
-from .simd import F32, F64, HALF, I16, Offset, Register, Simd, Value, vector
+from .simd import CACHE_LINE, F32, F64, HALF, I16, Offset, Register, Simd, Value, vector
 
 ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _STORED = {"float16": I16, "bfloat16": I16, "float32": F32, "float64": F64}
@@ -27,9 +27,19 @@ def load_floats(s: Simd, dtype: str, address: Value, offset: Offset, count: int)
 
 
 def store_floats(
-    s: Simd, dtype: str, value: Register, address: Value, offset: Offset, count: int
+    s: Simd,
+    dtype: str,
+    value: Register,
+    address: Value,
+    offset: Offset,
+    count: int,
+    *,
+    streams: bool = False,
 ) -> None:
-    """The first `count` lanes, converted; writes nothing beyond them."""
+    """The first `count` lanes, converted; writes nothing beyond them.
+
+    streams : whether they go past the caches; then all lanes, and rows begin at cache lines
+    """
     if dtype == "float64":
         value = s.b.fpext(value, vector(F64, s.width))
     elif dtype == "bfloat16":
@@ -39,7 +49,10 @@ def store_floats(
             value = s.b.fptrunc(value, vector(HALF, s.width))
         else:
             value = s.b.trunc(_float_to_half(s, value), vector(I16, s.width))
-    s.store(s.resize(value, count), address, offset)
+    if streams:
+        s.stream(value, address, offset, min(CACHE_LINE, ITEM_SIZE[dtype] * s.width))
+    else:
+        s.store(s.resize(value, count), address, offset)
 
 
 def _half_to_float(s: Simd, half: Register) -> Register:

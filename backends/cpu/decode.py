@@ -24,6 +24,8 @@ def emit_decode(s: Simd, plan: Plan, a: Arguments) -> None:
         _decode_in_registers(s, plan, a)
     else:
         _decode_in_memory(s, plan, a)
+    if plan.streams:
+        s.finish_streams()
 
 
 def emit_look_up(s: Simd, plan: Plan, a: Arguments) -> None:
@@ -132,7 +134,8 @@ def _decode_in_registers(s: Simd, plan: Plan, a: Arguments) -> None:
             target = s.at(a.target, s.times(i, size * plan.dim))
             for k, x in enumerate(row):
                 offset = size * s.width * k
-                store_floats(s, plan.dtype, b.fmul(x, scale), target, offset, s.width)
+                y = b.fmul(x, scale)
+                store_floats(s, plan.dtype, y, target, offset, s.width, streams=plan.streams)
 
 
 def _decode_in_memory(s: Simd, plan: Plan, a: Arguments) -> None:
@@ -156,6 +159,7 @@ def _decode_in_memory(s: Simd, plan: Plan, a: Arguments) -> None:
         ) -> None:
             offset = s.times(element, 4)
             x = rotation.first_signs(s.load(s.floats, row, offset), offset)
-            store_floats(s, plan.dtype, s.b.fmul(x, scale), target, s.times(element, size), count)
+            y, place = s.b.fmul(x, scale), s.times(element, size)
+            store_floats(s, plan.dtype, y, target, place, count, streams=plan.streams)
 
         each_register(s, plan.dim, finish)

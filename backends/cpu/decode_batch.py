@@ -17,6 +17,8 @@ def emit_decode_batch(s: Simd, plan: Plan, a: Arguments) -> None:
     batch = BatchDecoder(s, plan, a)
     with batches(s, a) as first:
         batch.emit(first)
+    if plan.streams:
+        s.finish_streams()
 
 
 class BatchDecoder:
@@ -78,4 +80,5 @@ class BatchDecoder:
             for k, y in enumerate(x):
                 y = s.b.fmul(y, load_signs(s, self.a.signs, s.int64(places[k])))
                 offset = ITEM_SIZE[plan.dtype] * s.width * k
-                store_floats(s, plan.dtype, s.b.fmul(y, scale), target, offset, s.width)
+                y = s.b.fmul(y, scale)
+                store_floats(s, plan.dtype, y, target, offset, s.width, streams=plan.streams)

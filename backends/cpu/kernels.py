@@ -13,9 +13,10 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from .quantize import SMALLEST_NORMAL
-from .simd import F32, I32, Simd, Value
+from .simd import CACHE_LINE, F32, I32, Simd, Value, target
 
 OK, FLUSHES_SUBNORMALS = 0, 1
+STREAMED = 48 << 20  # bytes of vectors from which on decoding writes past the caches
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Plan:
         Whether an encoder writes packed codes or the float32 coordinates they are made from.
     value_bits : int
         Attention: bits of the values; `bits` are those of the keys.
+    streams : bool
+        Whether a decoder's vectors go past the caches.
     """
 
     kind: str
@@ -46,6 +49,7 @@ class Plan:
     cells: int = 0
     output: str = "codes"
     value_bits: int = 0
+    streams: bool = False
 
     def key(self) -> str:
         """A text from which `from_key` makes an equal plan."""
@@ -53,8 +57,16 @@ class Plan:
 
     @classmethod
     def from_key(cls, key: str) -> Plan:
-        kind, dim, bits, dtype, scale, cells, output, value_bits = key.split()
-        return cls(kind, int(dim), int(bits), dtype, scale, int(cells), output, int(value_bits))
+        kind, dim, bits, dtype, scale, cells, output, value_bits, streams = key.split()
+        numbers = {"dim": dim, "bits": bits, "cells": cells, "value_bits": value_bits}
+        return cls(
+            kind,
+            **{name: int(number) for name, number in numbers.items()},
+            dtype=dtype,
+            scale=scale,
+            output=output,
+            streams=streams == str(True),
+        )
 
     @property
     def is_power_of_two(self) -> bool:
@@ -105,6 +117,17 @@ def can_batch(width: int, plan: Plan) -> bool:
     """
     fits = plan.is_power_of_two and width <= plan.dim <= 128 and plan.bits <= 5
     return fits and plan.output == "codes" and plan.scale == "norm"
+
+
+def can_stream(dim: int, size: int, address: int, pitch: int) -> bool:
+    """Whether results of `size` bytes should go past the caches, and can.
+
+    That spares reading the lines that are going to be written.  Smaller results stay in the caches,
+    where whoever asked for them finds them.
+    """
+    cpu = target()
+    fits = dim % cpu.width == 0 and address % CACHE_LINE == 0 and pitch % CACHE_LINE == 0
+    return fits and size >= STREAMED and cpu.level != "generic"
 
 
 def rows_at_once(s: Simd, plan: Plan) -> int:

@@ -140,6 +140,20 @@ class Simd:
     def store(self, value: Value, address: Value, offset: Offset = 0) -> None:
         self.b.store(value, self._pointer(address, offset)).align = 1
 
+    def stream(self, value: Value, address: Value, offset: Offset, align: int) -> None:
+        """Store past the caches, on x86; `finish_streams` has to follow the last of them.
+
+        align : bytes of which the place is a multiple, at least those of `value` or of a register
+        """
+        instruction = self.b.store(value, self._pointer(address, offset))
+        instruction.align = align
+        hint = self.b.module.add_metadata([ir.Constant(I32, 1)])
+        instruction.set_metadata("nontemporal", hint)
+
+    def finish_streams(self) -> None:
+        """Let whoever is told that the work is done see what was streamed."""
+        self.call("llvm.x86.sse.sfence", ir.VoidType())
+
     def prefetch(self, address: Value, size: int, *, level: int = 1, write: bool = False) -> None:
         """Ask for `size` bytes from `address` on in a level of the cache; any address will do.
 
