@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _arrays, _backend
+from ._attention_shapes import Form, Forms, Heads, check_forms
 from ._checks import check_same_place, take_in_out
 
 if TYPE_CHECKING:
     from .quantizer import TurboQuant
+
+_FLOAT32 = np.dtype(np.float32)
+_UNSIGNED = {4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,65 +105,30 @@ def check_attention(
 ) -> tuple[AttentionBatch, _arrays.GiveBack]:
     """Check everything `TQPagedAttention.forward` gets; see there for shapes."""
     q, give_back = _arrays.take_in(query, "query")
-    head_dim = key_quantizer.head_dim
-
-    def take(x: Any, name: str, dtypes: tuple[str, ...], shape: tuple[int | str, ...]) -> Any:
-        array, _ = _arrays.take_in(x, name)
-        if type(array) is not np.ndarray or type(q) is not np.ndarray:
-            check_same_place(array, name, q, "query")
-        if _name(array.dtype) not in dtypes:
-            raise TypeError(f"{name} must be {' or '.join(dtypes)}, got {array.dtype}")
-        _check_shape(array, name, shape)
-        return _arrays.native(array)
-
-    ints = ("int32", "int64")
-    packed_names = ("num_blocks", "block_size", "num_kv_heads", "packed_dim")
-    cache = {"k_packed": take(k_packed, "k_packed", ("uint8",), packed_names)}
-    num_blocks, page, kv_heads = cache["k_packed"].shape[:3]
-    if page < 1 or kv_heads < 1:
-        raise ValueError(
-            f"block_size and num_kv_heads must be positive, k_packed is {cache['k_packed'].shape}"
-        )
-    same = (num_blocks, page, kv_heads)
-    cache["v_packed"] = take(v_packed, "v_packed", ("uint8",), (*same, "packed_dim"))
-    cache["k_norms"] = take(k_norms, "k_norms", ("float32",), same)
-    cache["v_norms"] = take(v_norms, "v_norms", ("float32",), same)
-    for name, quantizer in (("k_packed", key_quantizer), ("v_packed", value_quantizer)):
-        packed = cache[name]
-        if packed.shape[-1] != quantizer.packed_dim:
-            raise ValueError(
-                f"{name} must end in an axis of {quantizer.packed_dim} bytes ({head_dim} codes of "
-                f"{quantizer.bits} bits), got shape {packed.shape}"
-            )
-        if quantizer.packed_dim > 1 and packed.size and packed.strides[-1] != 1:
-            raise ValueError(f"the last axis of {name} must be contiguous")
-    if block_size is not None and block_size != page:
-        raise ValueError(f"block_size is {block_size}, but k_packed has blocks of {page} tokens")
-    if num_kv_heads is not None and num_kv_heads != kv_heads:
-        raise ValueError(f"num_kv_heads is {num_kv_heads}, but k_packed has {kv_heads}")
-    if num_query_heads % kv_heads:
-        raise ValueError(
-            f"num_query_heads ({num_query_heads}) must be a multiple of num_kv_heads ({kv_heads})"
-        )
-
-    if _name(q.dtype) not in _arrays.FLOAT_NAMES:
-        raise TypeError(f"query must be {', '.join(_arrays.FLOAT_NAMES)}, got {q.dtype}")
-    lens = take(context_lens, "context_lens", ints, ("num_seqs",))
-    num_seqs = len(lens)
-    tables = take(block_tables, "block_tables", ints, (num_seqs, "max_blocks"))
-    starts, query_len = None, 0
-    if query_start_loc is not None:
-        _check_shape(q, "query", ("num_tokens", num_query_heads, head_dim))
-        starts = take(query_start_loc, "query_start_loc", ints, (num_seqs + 1,))
-        tokens = q
-    elif q.ndim == 4:
-        _check_shape(q, "query", (num_seqs, "query_len", num_query_heads, head_dim))
-        query_len = int(q.shape[1])
-        tokens = q.reshape(-1, num_query_heads, head_dim)
-    else:
-        _check_shape(q, "query", (num_seqs, num_query_heads, head_dim))
-        tokens, query_len = q, 1
-
+    given = {
+        "k_packed": k_packed,
+        "k_norms": k_norms,
+        "v_packed": v_packed,
+        "v_norms": v_norms,
+        "block_tables": block_tables,
+        "context_lens": context_lens,
+    }
+    optional = {
+        "query_start_loc": query_start_loc,
+        "query_positions": query_positions,
+        "sinks": sinks,
+        "key_offset": key_offset,
+    }
+    arrays = {name: _take(x, name, q) for name, x in given.items()}
+    for name, x in optional.items():
+        arrays[name] = None if x is None else _take(x, name, q)
+    query_len = check_forms(
+        Heads(num_query_heads, key_quantizer.head_dim, key_quantizer.bits, value_quantizer.bits),
+        Forms(*map(_form, (q, *arrays.values()))),
+        block_size,
+        num_kv_heads,
+    )
+    tokens = q if q.ndim == 3 else q.reshape(-1, *q.shape[2:])
     backend = _backend.backend_for(q, key_quantizer.config.backend)
     if out is None:
         result = backend.empty(tokens.shape, tokens.dtype.newbyteorder("="), q)
@@ -168,40 +136,28 @@ def check_attention(
         result = take_in_out(out, q.shape, (q.dtype.name,), "out", q).reshape(tokens.shape)
     batch = AttentionBatch(
         query=_arrays.native(tokens),
-        query_start_loc=starts,
         query_len=query_len,
-        query_positions=None
-        if query_positions is None
-        else take(query_positions, "query_positions", ints, (num_seqs,)),
-        **cache,
-        block_tables=tables,
-        context_lens=lens,
-        scale=_positive(scale, "scale", 1.0 / math.sqrt(head_dim)),
+        **{name: x if x is None else _arrays.native(x) for name, x in arrays.items()},
+        scale=_positive(scale, "scale", 1.0 / math.sqrt(q.shape[-1])),
         logits_soft_cap=_positive(logits_soft_cap, "logits_soft_cap", 0.0),
         sliding_window=_window(sliding_window),
-        sinks=None if sinks is None else take(sinks, "sinks", ("float32",), (num_query_heads,)),
-        key_offset=None
-        if key_offset is None
-        else take(key_offset, "key_offset", ("float32",), (num_seqs, kv_heads, head_dim)),
         out=result,
-        lse=backend.empty(tokens.shape[:-1], np.dtype(np.float32), q),
+        lse=backend.empty(tokens.shape[:-1], _FLOAT32, q),
     )
     if check or (check is None and backend.device == "cpu"):
         _check_values(batch, everything=bool(check))
     return batch, give_back
 
 
-_name = cache(lambda dtype: dtype.name)  # which NumPy puts together anew each time
+def _take(x: Any, name: str, query: Any) -> Any:
+    array, _ = _arrays.take_in(x, name)
+    if type(array) is not np.ndarray or type(query) is not np.ndarray:
+        check_same_place(array, name, query, "query")
+    return array
 
 
-def _check_shape(array: Any, name: str, shape: tuple[int | str, ...]) -> None:
-    """Each axis has the given length; a string names an axis of any length."""
-    fits = array.ndim == len(shape)
-    for want, have in zip(shape, array.shape, strict=False):
-        fits = fits and (want == have or isinstance(want, str))
-    if not fits:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{name} must have shape [{wanted}], got {tuple(array.shape)}")
+def _form(array: Any) -> Any:
+    return None if array is None else Form(array.shape, array.dtype, array.strides)
 
 
 def _positive(value: float | None, name: str, default: float) -> float:
@@ -234,17 +190,28 @@ def _check_values(batch: AttentionBatch, everything: bool) -> None:
                 f"({len(batch.query)}), got {starts.tolist()}"
             )
     capacity = tables.shape[1] * page
-    if len(lens) and not (lens.min() >= 0 and lens.max() <= capacity):
+    if _largest(lens) > capacity:
         wrong = (lens < 0) | (lens > capacity)
         s = int(wrong.argmax())
         raise ValueError(
             f"context_lens[{s}] is {lens[s]}, allowed are 0 to {capacity} "
             f"({tables.shape[1]} blocks of {page} tokens in block_tables)"
         )
-    if tables.size and not (tables.min() >= 0 and tables.max() < num_blocks):
+    if _largest(tables) >= num_blocks:
         _check_blocks(lens, tables, num_blocks, page)
     if everything:
         _check_floats(batch, lens, tables)
+
+
+def _largest(ints: Any) -> int:
+    """The largest number, or a larger one if some are negative; -1 if there are none.
+
+    As unsigned numbers negative ones are large: one look instead of two.
+    """
+    if not ints.size:
+        return -1
+    unsigned = ints.view(_UNSIGNED[ints.itemsize])
+    return int(np.maximum.reduce(unsigned, axis=None))
 
 
 def _check_blocks(lens: Any, tables: Any, num_blocks: int, page: int) -> None:

@@ -8,27 +8,32 @@ from .kernels import Plan
 from .simd import I64, Simd, Value
 from .tile import TILE, key_windows_bytes, registers_of
 
-# What all tasks of a call share, as int64: numbers, addresses, and strides in bytes.
-CALL = (
+# What all tasks of a call share, as int64: numbers and addresses, then for each array its address
+# and its strides in bytes.
+NUMBERS = (
     *("claimed", "finished"),  # tasks that threads have begun, and done
     *("rotations", "units", "merges"),  # the number of tasks of each kind, done in this order
     *("unit_list", "merge_list"),  # int64 [units, len(UNIT)], [merges / kv_heads, len(MERGE)]
-    *("blocks", "blocks_pitch"),  # int64 block tables
-    *("key_codes", "key_block", "key_token", "key_head"),
-    *("key_norms", "key_norm_block", "key_norm_token", "key_norm_head"),
-    *("value_codes", "value_block", "value_token", "value_head"),
-    *("value_norms", "value_norm_block", "value_norm_token", "value_norm_head"),
+    *("first", "last"),  # int32 [rows], the tokens each row sees
     *("block_size", "kv_heads", "group"),
     "rows",  # query rows of a key/value head: query tokens times heads of the group
-    *("query", "query_token", "query_head"),  # float32, the last axis contiguous
     *("gain", "soft_cap"),  # bits of float32: factor of the query; 0 for no cap
     *("into_tiles", "out_of_tiles"),  # float32 [padded, padded] matrices that rotate
-    *("bias", "bias_head", "bias_row"),  # float32, added to scaled scores
-    "sinks",  # float32 [query heads], -inf for none
-    *("first", "last"),  # int32 [rows], the tokens each row sees
     "rotated",  # float32 [kv_heads, rows, padded]
     *("states", "outputs"),  # partial results: maximum, sum, decay; float32 [padded]
-    *("out", "lse"),  # float32 [query tokens, query heads, head_dim], [query tokens, query heads]
+)
+CALL = (
+    *NUMBERS,
+    *("key_codes", "key_block", "key_token", "key_head", "key_byte"),
+    *("key_norms", "key_norm_block", "key_norm_token", "key_norm_head"),
+    *("value_codes", "value_block", "value_token", "value_head", "value_byte"),
+    *("value_norms", "value_norm_block", "value_norm_token", "value_norm_head"),
+    *("blocks", "blocks_pitch", "blocks_item"),  # int64 block tables
+    *("bias", "bias_head", "bias_row"),  # float32, added to scaled scores
+    *("sinks", "sinks_head"),  # float32, -inf for none
+    *("query", "query_token", "query_head", "query_item"),  # float32, the last axis contiguous
+    *("out", "out_token", "out_head", "out_item"),  # float32, the last axis contiguous
+    *("lse", "lse_token", "lse_head"),  # float32
 )
 # One unit: its sequence, first row and their number, its tokens, its place among partial results
 # (counted in rows; head h and row r are at place + h * rows + r).

@@ -32,8 +32,7 @@ def rotate_rows(s: Simd, plan: Plan, a: Arguments, call: Fields, task: Value) ->
     with s.loop(count) as i:
         place = b.add(start, i)
         token, head = _token_and_head(s, call, b.udiv(place, rows), b.urem(place, rows))
-        skip = b.add(b.mul(token, call["query_token"]), b.mul(head, call["query_head"]))
-        source, target = s.at(call["query"], skip), s.at(plain, s.times(i, pitch))
+        source, target = _place(s, call, "query", token, head), s.at(plain, s.times(i, pitch))
         for k, count_of in _registers(s, plan):
             part = load_floats(s, "float32", source, 4 * s.width * k, count_of)
             s.store(b.fmul(part, gain), target, 4 * s.width * k)
@@ -53,20 +52,19 @@ def merge_rows(s: Simd, plan: Plan, a: Arguments, call: Fields, task: Value) -> 
     number, h = b.udiv(task, heads), b.urem(task, heads)
     merge = Fields(s, s.at(call["merge_list"], s.times(number, 8 * len(MERGE))), MERGE)
 
-    def place(r: Value) -> Value:
-        """Of a row in the result."""
+    def result(name: str, r: Value) -> Value:
+        """Where a row's result goes in an array."""
         token, head = _token_and_head(s, call, h, b.add(merge["row"], r))
-        return b.add(b.mul(token, b.mul(heads, call["group"])), head)
+        return _place(s, call, name, token, head)
 
     with s.loop(merge["rows"]) as r:
-        lse = s.at(call["lse"], s.times(place(r), 4))
-        _merge_row(s, plan, call, merge, h, r, s.at(merged, s.times(r, pitch)), lse)
+        target = s.at(merged, s.times(r, pitch))
+        _merge_row(s, plan, call, merge, h, r, target, result("lse", r))
 
     def store(row: Value, k: int, register: Register) -> None:
         inside = dict(_registers(s, plan)).get(k)
         if inside:
-            target = s.at(call["out"], s.times(place(row), 4 * plan.dim))
-            store_floats(s, "float32", register, target, 4 * s.width * k, inside)
+            store_floats(s, "float32", register, result("out", row), 4 * s.width * k, inside)
 
     _times_matrix(s, plan, merged, merge["rows"], call["out_of_tiles"], store)
 
@@ -86,7 +84,7 @@ def _merge_row(
     place = b.add(merge["place"], b.add(b.mul(head, rows), r))
     step = b.mul(call["kv_heads"], rows)  # from chunk to chunk
     _, query_head = _token_and_head(s, call, head, b.add(merge["row"], r))
-    sink = s.splat(s.load(F32, s.at(call["sinks"], s.times(query_head, 4))))
+    sink = s.splat(s.load(F32, call["sinks"], b.mul(query_head, call["sinks_head"])))
 
     def parts() -> ir.Value:
         return s.loop(merge["chunks"])
@@ -120,6 +118,13 @@ def _token_and_head(s: Simd, call: Fields, head: Value, row: Value) -> tuple[Val
     """Query token and query head of a key/value head's row."""
     group = call["group"]
     return s.b.udiv(row, group), s.b.add(s.b.mul(head, group), s.b.urem(row, group))
+
+
+def _place(s: Simd, call: Fields, name: str, token: Value, head: Value) -> Value:
+    """Of a query token and query head in an array."""
+    b = s.b
+    skip = b.add(b.mul(token, call[f"{name}_token"]), b.mul(head, call[f"{name}_head"]))
+    return s.at(call[name], skip)
 
 
 def _registers(s: Simd, plan: Plan) -> list[tuple[int, int]]:

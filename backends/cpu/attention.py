@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from array import array
 from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -14,10 +13,11 @@ import numpy.typing as npt
 from turboquant_np._attention_checks import AttentionBatch
 from turboquant_np._spec import CodecSpec
 
-from .attend_call import CALL, ROTATED_ROWS, attend_scratch_bytes
+from .array_fields import DESCRIBE, describe
+from .attend_call import CALL, NUMBERS, ROTATED_ROWS, attend_scratch_bytes
 from .attention_cut import Cut, cut
 from .codec import address, check_status, constants_of
-from .compile import Kernel, compiled
+from .compile import Kernel, compile_function, compiled
 from .kernels import Plan
 from .memory import Memory
 from .simd import target
@@ -41,7 +41,9 @@ class Prepared(NamedTuple):
     out_of_tiles: int  # of the second one, which rotates outputs back
     key_tables: int
     value_tables: int
-    zero: Float32s  # for every head and row
+    describe: Kernel
+    nothing: Float32s  # the bias of every head and row
+    no_sink: Float32s  # of every query head
 
 
 def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch) -> None:
@@ -56,19 +58,18 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
     if out.dtype != np.float32:
         out = np.empty(out.shape, np.float32)
     call, in_use = _call(batch, prepared, work, query, out)
-    at_call = call.buffer_info()[0]
-    scratch_bytes = attend_scratch_bytes(prepared.plan, work.most_rows, target().width)
+    size = attend_scratch_bytes(prepared.plan, work.cut.most_rows, target().width)
 
     def take_part(to_the_end: bool) -> int:
-        _, (scratch,) = _scratch.take(scratch_bytes)
+        _, (scratch,) = _scratch.take(size)
         tables = prepared.key_tables, prepared.value_tables
-        return prepared.attend(at_call, 0, 0, 0, 0, *tables, int(to_the_end), scratch, 0)
+        return prepared.attend(call, 0, 0, 0, 0, *tables, int(to_the_end), scratch, 0)
 
     def help_out(in_use: Any = in_use) -> None:
         """In another thread, which keeps all memory that the call needs."""
         take_part(to_the_end=False)
 
-    lend_helpers(help_out, work.tokens * batch.num_kv_heads * dim)
+    lend_helpers(help_out, work.cut.tokens * batch.num_kv_heads * dim)
     try:
         check_status(take_part(to_the_end=True))
     except RuntimeError:
@@ -79,80 +80,44 @@ def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch)
 
 
 def _call(
-    batch: AttentionBatch, prepared: Prepared, work: Cut, query: Float32s, out: Float32s
-) -> tuple[array[int], Any]:
-    """The fields that the kernel reads, and what must live as long as they are in use."""
+    batch: AttentionBatch, prepared: Prepared, work: Work, query: Float32s, out: Float32s
+) -> tuple[int, Any]:
+    """Address of the fields that the kernel reads, and what must live while they are in use."""
     tokens, heads, dim = query.shape
-    kv_heads, group, padded = batch.num_kv_heads, batch.group, prepared.padded
-    rows, row_bytes = tokens * group, 4 * padded
-    tables = np.ascontiguousarray(batch.block_tables, np.int64)
-    bias = prepared.zero
+    page, kv_heads = batch.k_packed.shape[1:3]
+    group, row_bytes, places = heads // kv_heads, 4 * prepared.padded, work.cut.places
+    rows = tokens * group
+    rotations = -(-kv_heads * rows // ROTATED_ROWS)
+    bias, sinks = prepared.nothing, batch.sinks
     if batch.key_offset is not None:
         bias = _offset_scores(batch, query.reshape(tokens, kv_heads, group, dim))
-    sinks = batch.sinks
     if sinks is None:
-        sinks = _no_sinks(heads)
-    room, (rotated, states, outputs) = _results.take(
-        kv_heads * rows * row_bytes, work.places * STATE_BYTES, work.places * row_bytes
+        sinks = prepared.no_sink
+    arrays = (
+        *(batch.k_packed, batch.k_norms, batch.v_packed, batch.v_norms),
+        np.ascontiguousarray(batch.block_tables, np.int64),
+        *(bias, sinks, query, out, batch.lse),
     )
-    # scores are sums over z = sqrt(dim) * coordinates
-    gain, soft_cap = _bits_of(batch.scale * dim**-0.5, batch.logits_soft_cap)
-    fields = dict(
-        claimed=0,
-        finished=0,
-        rotations=-(-kv_heads * rows // ROTATED_ROWS),
-        units=len(work.units),
-        merges=len(work.merges) * kv_heads,
-        unit_list=address(work.units),
-        merge_list=address(work.merges),
-        blocks=address(tables),
-        blocks_pitch=tables.strides[0],
-        block_size=batch.block_size,
-        kv_heads=kv_heads,
-        group=group,
-        rows=rows,
-        query=address(query),
-        query_token=query.strides[0],
-        query_head=query.strides[1],
-        gain=gain,
-        soft_cap=soft_cap,
-        into_tiles=prepared.into_tiles,
-        out_of_tiles=prepared.out_of_tiles,
-        bias=address(bias),
-        bias_head=bias.strides[0],
-        bias_row=bias.strides[1],
-        sinks=address(sinks),
-        first=address(work.first),
-        last=address(work.last),
-        rotated=rotated,
-        states=states,
-        outputs=outputs,
-        out=address(out),
-        lse=address(batch.lse),
+    room, of_results = _results.take(
+        kv_heads * rows * row_bytes, places * STATE_BYTES, places * row_bytes
     )
-    sides = (
-        ("key_codes", "key", batch.k_packed),
-        ("key_norms", "key_norm", batch.k_norms),
-        ("value_codes", "value", batch.v_packed),
-        ("value_norms", "value_norm", batch.v_norms),
+    fields = np.empty(len(CALL), np.int64)
+    fields[: len(NUMBERS)] = (
+        *(0, 0, rotations, len(work.cut.units), len(work.cut.merges) * kv_heads),
+        *work.addresses,
+        *(page, kv_heads, group, rows),
+        # scores are sums over z = sqrt(dim) * coordinates
+        *_bits_of(batch.scale * dim**-0.5, batch.logits_soft_cap),
+        *(prepared.into_tiles, prepared.out_of_tiles),
+        *of_results,
     )
-    for name, stride, part in sides:
-        fields[name] = address(part)
-        fields[f"{stride}_block"], fields[f"{stride}_token"], fields[f"{stride}_head"] = (
-            part.strides[:3]
-        )
-    call = array("q", [fields[name] for name in CALL])
-    return call, (call, batch, work, prepared, query, out, tables, bias, sinks, room)
+    at: int = prepared.describe(fields, len(NUMBERS), *arrays)
+    return at, (fields, arrays, room, work, prepared)
 
 
 def _bits_of(*numbers: float) -> tuple[int, ...]:
     """float32 numbers as the integers that have the same bits."""
     return struct.unpack(f"{len(numbers)}i", struct.pack(f"{len(numbers)}f", *numbers))
-
-
-@lru_cache(maxsize=16)
-def _no_sinks(heads: int) -> Float32s:
-    return np.full(heads, -np.inf, np.float32)
 
 
 def _offset_scores(batch: AttentionBatch, query: Float32s) -> Float32s:
@@ -168,7 +133,14 @@ def _offset_scores(batch: AttentionBatch, query: Float32s) -> Float32s:
     return scores.reshape(len(scores[:, 0]), -1) * np.float32(batch.scale)
 
 
-def _cut_of(batch: AttentionBatch) -> Cut:
+class Work(NamedTuple):
+    """How a batch is divided, and the addresses of the arrays that say so."""
+
+    cut: Cut
+    addresses: tuple[int, ...]
+
+
+def _cut_of(batch: AttentionBatch) -> Work:
     """`cut`, remembered: all layers of a step have the same lengths."""
     starts, positions = batch.query_start_loc, batch.query_positions
     return _cut_again(
@@ -189,7 +161,7 @@ def _cut_again(
     group: int,
     kv_heads: int,
     window: int,
-) -> Cut:
+) -> Work:
     """starts : query tokens of each sequence, or first query tokens"""
     contexts = np.frombuffer(lens, np.int64)
     if isinstance(starts, int):
@@ -199,7 +171,9 @@ def _cut_again(
     at = contexts - np.diff(first)
     if positions is not None:
         at = np.frombuffer(positions, np.int64)
-    return cut(first, at, contexts, group, kv_heads, window)
+    work = cut(first, at, contexts, group, kv_heads, window)
+    lists: tuple[npt.NDArray[Any], ...] = work.units, work.merges, work.first, work.last
+    return Work(work, tuple(address(x) for x in lists))
 
 
 _prepared: WeakKeyDictionary[CodecSpec, WeakKeyDictionary[CodecSpec, Prepared]]
@@ -221,7 +195,9 @@ def _prepare(key_spec: CodecSpec, value_spec: CodecSpec) -> Prepared:
             address(matrices[1]),
             constants_of(key_spec).addresses["encode"],
             constants_of(value_spec).addresses["encode"],
+            compile_function(describe, DESCRIBE),
             np.broadcast_to(np.zeros(1, np.float32), (2, 2)),
+            np.broadcast_to(np.full(1, -np.inf, np.float32), 2),
         )
     return known
 

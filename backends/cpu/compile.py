@@ -104,11 +104,15 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
 @cache
 def compiled(plan: Plan) -> Kernel:
     """The compiled kernel of a plan; compiles (or loads) it on first use."""
-    function = _function(f"{plan.key()}|{source_digest()}")
+    return compile_function(_function(f"{plan.key()}|{source_digest()}"), SIGNATURE)
+
+
+def compile_function(function: Callable[..., Any], signature: Any) -> Kernel:
+    """A function compiled for arguments of certain types only, without the GIL."""
     dispatcher = njit(nogil=True, error_model="numpy")(function)
     if cache_directory() is not None:
         dispatcher._cache = _KernelCache(function)
-    dispatcher.compile(SIGNATURE)
+    dispatcher.compile(signature)
     dispatcher.disable_compile()
     kernel: Kernel = dispatcher
     return kernel

@@ -1,18 +1,18 @@
 """Threads: ranges of rows for kernels that release the GIL.
 
-One pool of Python threads serves the whole process.  Chunks are claimed one by one, by the caller
-as well, so a caller never waits for work nobody has begun; inside a worker everything runs inline.
-That makes concurrent and nested calls safe, and after a fork the child makes a pool of its own.
-Results do not depend on how rows are divided, because rows do not interact.
+A queue and Python threads that wait for it serve the whole process.  Chunks are claimed one by one,
+by the caller as well, so a caller never waits for work nobody has begun; inside a worker everything
+runs inline.  That makes concurrent and nested calls safe, and after a fork the child begins with
+threads of its own.  Results do not depend on how rows are divided, because rows do not interact.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from itertools import count
+from queue import SimpleQueue
 
 ENVIRONMENT_VARIABLE = "TURBOQUANT_NP_NUM_THREADS"
 GRAIN = 1 << 16  # elements below which a piece of work isn't worth a thread
@@ -21,9 +21,6 @@ PIECES_PER_THREAD = 4
 Task = Callable[[int, int], None]
 
 _in_worker = threading.local()
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-_pool_size = 0
 
 
 def num_threads() -> int:
@@ -64,13 +61,13 @@ def for_rows(rows: int, elements_per_row: int, task: Task) -> None:
         finally:
             _in_worker.active = False
 
-    helpers = _submit(work, min(threads, pieces) - 1)
+    helpers = [_Helper(work) for _ in range(min(threads, pieces) - 1)]
+    _pool.submit(helpers)
     try:
         work()
     finally:
         for helper in helpers:
-            if not helper.cancel():
-                helper.result()
+            helper.wait()
 
 
 def lend_helpers(work: Callable[[], None], elements: int) -> None:
@@ -80,31 +77,73 @@ def lend_helpers(work: Callable[[], None], elements: int) -> None:
     """
     helpers = min(num_threads(), elements // GRAIN) - 1
     if helpers > 0 and not getattr(_in_worker, "active", False):
-        _submit(work, helpers)
+        _pool.submit([_Helper(work) for _ in range(helpers)])
 
 
-def _submit(work: Callable[[], None], helpers: int) -> list[Future[None]]:
-    """Ask the pool to do `work` `helpers` times; the pool grows where it has to."""
-    global _pool, _pool_size
-    submitted: list[Future[None]] = []
-    with _lock:
-        if _pool is None or _pool_size < helpers:
-            if _pool is not None:
-                _pool.shutdown(wait=False)  # what it was given is still done
-            _pool, _pool_size = ThreadPoolExecutor(helpers, "turboquant_np"), helpers
-        try:
-            for _ in range(helpers):
-                submitted.append(_pool.submit(work))
-        except RuntimeError:  # the interpreter is shutting down: the caller does the rest
-            pass
-    return submitted
+class _Helper:
+    """Calls a function once, unless somebody no longer waits for that by then."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._begun, self._done = threading.Lock(), threading.Lock()
+        self._done.acquire()
+        self._error: BaseException | None = None
+
+    def __call__(self) -> None:
+        if self._begun.acquire(blocking=False):
+            try:
+                self._work()
+            except BaseException as error:
+                self._error = error
+            finally:
+                self._done.release()
+
+    def wait(self) -> None:
+        """Return when the function has; if it has not begun it never will."""
+        if not self._begun.acquire(blocking=False):
+            self._done.acquire()
+            if self._error is not None:
+                raise self._error
 
 
-def _forget_pool() -> None:
-    """In a forked child the threads do not exist, and the lock may be held by one of them."""
-    global _pool, _pool_size, _lock
-    _pool, _pool_size, _lock = None, 0, threading.Lock()
+class _Pool:
+    """Threads that call what they find in a queue; there are as many as were ever asked for."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock, self._size = threading.Lock(), 0
+
+    def submit(self, calls: Sequence[Callable[[], None]]) -> None:
+        """Have each called by some thread; without threads (while Python ends) by none."""
+        if self._size < len(calls):
+            self._grow(len(calls))
+        if self._size:
+            for call in calls:
+                self._queue.put(call)
+
+    def _grow(self, size: int) -> None:
+        with self._lock:
+            while self._size < size:
+                thread = threading.Thread(target=self._serve, name="turboquant_np", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads: callers do the work
+                    return
+                self._size += 1
+
+    def _serve(self) -> None:
+        while True:
+            call = self._queue.get()
+            call()
+            del call  # and with it the memory it keeps
 
 
+def _start_anew() -> None:
+    """In a forked child the threads do not exist, and their lock may be held by one of them."""
+    global _pool
+    _pool = _Pool()
+
+
+_pool = _Pool()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_start_anew)
