@@ -399,18 +399,20 @@ def _address(array: Any) -> int:
     return int(array.data.ptr)
 
 
+_making = threading.Lock()
 _on_device: WeakKeyDictionary[CodecSpec, dict[int, Constants]] = WeakKeyDictionary()
 
 
 def _constants(spec: CodecSpec, device: int) -> Constants:
     import cupy
 
-    cached = _on_device.setdefault(spec, {})
-    if device not in cached:
-        made = make_constants(spec).items()
-        cached[device] = {k: cupy.asarray(v) if v.ndim else v for k, v in made}
-        cupy.cuda.get_current_stream().synchronize()  # every stream may read them
-    return cached[device]
+    with _making:  # launches hold addresses: of two copies one would be dropped
+        cached = _on_device.setdefault(spec, {})
+        if device not in cached:
+            made = make_constants(spec).items()
+            cached[device] = {k: cupy.asarray(v) if v.ndim else v for k, v in made}
+            cupy.cuda.get_current_stream().synchronize()  # every stream may read them
+        return cached[device]
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -60,6 +61,23 @@ def _place(z: float, scale: float) -> int:
     return round(exact * 2**23)  # half to even, as the GPU rounds
 
 
+_lock = threading.RLock()
+
+
+class made_once(cached_property[Any]):
+    """A `cached_property` that no two threads compute.
+
+    Launches hold addresses, so arrays must stay where they are: of two that were made at the same
+    time one would be dropped, and its memory used for something else.
+    """
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        with _lock:
+            return super().__get__(instance, owner)
+
+
 class Constants:
     """Device copies of what a spec prescribes, each made when first asked for."""
 
@@ -70,57 +88,57 @@ class Constants:
         self._decode_table = spec.decode_table
         self._rotation = spec.rotation
 
-    @cached_property
+    @made_once
     def signs(self) -> Any:
         assert isinstance(self._rotation, HadamardRotation)
         return _to_device(self._rotation.signs)
 
-    @cached_property
+    @made_once
     def thresholds(self) -> Any:
         return _to_device(self._thresholds)
 
-    @cached_property
+    @made_once
     def centroids(self) -> Any:
         return _to_device(self._centroids)
 
-    @cached_property
+    @made_once
     def decode_table(self) -> Any:
         return _to_device(self._decode_table)
 
-    @cached_property
+    @made_once
     def bucket_table(self) -> BucketTable:
         return bucket_table(self._thresholds, self.head_dim)
 
-    @cached_property
+    @made_once
     def buckets(self) -> Any:
         return _to_device(self.bucket_table.entries)
 
-    @cached_property
+    @made_once
     def matrix(self) -> Any:
         """[d, d] float64, the rotation in fixed point: rows @ matrix rotates back."""
         return _to_device(self._fixed)
 
-    @cached_property
+    @made_once
     def matrix_transposed(self) -> Any:
         """rows @ matrix_transposed rotates."""
         return _to_device(np.ascontiguousarray(self._fixed.T))
 
-    @cached_property
+    @made_once
     def limbs(self) -> int:
         """Bytes of an entry of `fragments`."""
         return limbs.limbs_needed(self._fixed)
 
-    @cached_property
+    @made_once
     def fragments(self) -> Any:
         """The matrix as kernels/encode_dense.cu multiplies by it."""
         return _to_device(limbs.fragments(self._fixed))
 
-    @cached_property
+    @made_once
     def fragments_back(self) -> Any:
         """As kernels/decode_dense.cu does."""
         return _to_device(limbs.fragments(self._fixed.T))
 
-    @cached_property
+    @made_once
     def centroid_words(self) -> Any:
         """Limbs of the centroids as whole numbers."""
         exact = np.ldexp(self._centroids.astype(np.float64), CENTROID_FRACTION_BITS)
@@ -140,10 +158,11 @@ def constants(spec: CodecSpec) -> Constants:
     import cupy
 
     device = cupy.cuda.runtime.getDevice()
-    on_devices = _constants.setdefault(spec, {})
-    if device not in on_devices:
-        on_devices[device] = Constants(spec)
-    return on_devices[device]
+    with _lock:
+        on_devices = _constants.setdefault(spec, {})
+        if device not in on_devices:
+            on_devices[device] = Constants(spec)
+        return on_devices[device]
 
 
 def _to_device(array: npt.NDArray[Any]) -> Any:

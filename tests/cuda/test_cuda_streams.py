@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,28 @@ def test_work_is_ordered_by_the_current_stream(d: int) -> None:
     stream.synchronize()
     assert (got[0] == want[0]).all()
     assert (got[1] == want[1]).all()
+
+
+def test_threads_may_share_a_quantizer_from_its_first_call_on() -> None:
+    x = vectors(4096)
+    on_gpu = cupy.asarray(x)
+    for seed in range(20):
+        tq = TurboQuant(head_dim=128, bits=3, seed=seed)
+        barrier = threading.Barrier(4)
+
+        def first_call(_: int, tq: Any = tq, barrier: Any = barrier) -> Any:
+            barrier.wait()
+            packed, norms = tq.encode(on_gpu)
+            return packed, norms, tq.decode(packed, norms)
+
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(first_call, range(4)))
+        want = TurboQuant(head_dim=128, bits=3, seed=seed).encode(x)
+        restored = tq.decode(*want)
+        for packed, norms, back in results:
+            assert_bits_equal(packed.get(), want[0])
+            assert_bits_equal(norms.get(), want[1])
+            assert_bits_equal(back.get(), restored)
 
 
 def test_graph_capture() -> None:
