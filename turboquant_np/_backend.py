@@ -83,7 +83,11 @@ class Backend(Protocol):
         """
 
     def attention(self, key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch) -> None:
-        """Fill batch.out and batch.lse; see AttentionBatch for shapes."""
+        """Fill batch.out and batch.lse; see AttentionBatch for shapes.
+
+        A backend may have `attention_int8` as well, with the same arguments, for
+        ``TQPagedAttention(compute="int8")``; it raises ValueError where that cannot be had.
+        """
 
 
 @cache

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..reference import first_non_finite
 from .attention import attention
+from .attention_int8 import attention_int8
 from .codec import decode, encode
 from .compile import cache_directory
 from .inner_products import inner_products
@@ -22,6 +23,7 @@ from .threads import num_threads
 
 __all__ = [
     "attention",
+    "attention_int8",
     "decode",
     "describe",
     "device",

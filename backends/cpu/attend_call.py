@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from .int8_layout import padded_dim
 from .kernels import Plan
 from .simd import I64, Simd, Value
 from .tile import TILE, key_windows_bytes, registers_of
@@ -43,6 +44,7 @@ MERGE = ("place", "chunks", "rows", "row")
 
 OFFSETS = ("key_codes", "key_norms", "value_codes", "value_norms")  # of each token of a tile
 ROTATED_ROWS = 16  # by one task
+SCORE_BYTES = 6 * TILE  # at most, of a row and a tile: scores, and their weights if in 8 bits
 
 
 class Fields:
@@ -59,9 +61,16 @@ class Fields:
         return self.s.at(self.address, 8 * self.names.index(name))
 
 
+def row_registers(plan: Plan, width: int) -> int:
+    """Registers of a row of a query or an output."""
+    if plan.kind == "attend_int8":
+        return registers_of(padded_dim(plan.dim, plan.bits, plan.value_bits), width)
+    return registers_of(plan.dim, width)
+
+
 def row_bytes(s: Simd, plan: Plan) -> int:
     """Bytes of a row, padded to whole registers."""
-    return 4 * s.width * registers_of(plan.dim, s.width)
+    return 4 * s.width * row_registers(plan, s.width)
 
 
 @lru_cache(maxsize=64)
@@ -70,9 +79,9 @@ def attend_scratch_bytes(plan: Plan, rows: int, width: int) -> int:
 
     rows : of any unit, at most
     """
-    row = 4 * width * registers_of(plan.dim, width)
+    row = 4 * width * row_registers(plan, width)
     windows = key_windows_bytes(plan.bits, plan.dim, width)
-    last = max(4 * TILE * rows, row * max(rows, ROTATED_ROWS))
+    last = max(SCORE_BYTES * rows, row * max(rows, ROTATED_ROWS))
     return 2 * 8 * TILE * len(OFFSETS) + 2 * 4 * TILE + row * TILE + windows + last
 
 

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from llvmlite import ir
 
 from .attend import ValueTile, add_products, in_blocks_of_rows
-from .attend_call import MERGE, ROTATED_ROWS, Fields, Scratch, row_bytes
+from .attend_call import MERGE, ROTATED_ROWS, Fields, Scratch, row_bytes, row_registers
+from .attend_int8 import round_query
 from .convert import load_floats, store_floats
 from .kernels import Arguments, Plan
 from .simd import F32, I32, Register, Simd, Value
 from .softmax import NOTHING, STATE_BYTES, exp, variable
-from .tile import REGISTERS_AT_ONCE, registers_of
+from .tile import REGISTERS_AT_ONCE
 
 Store = Callable[[Value, int, Register], None]  # (row, number of the register, the register)
 
@@ -36,6 +37,8 @@ def rotate_rows(s: Simd, plan: Plan, a: Arguments, call: Fields, task: Value) ->
         for k, count_of in _registers(s, plan):
             part = load_floats(s, "float32", source, 4 * s.width * k, count_of)
             s.store(b.fmul(part, gain), target, 4 * s.width * k)
+        for k in range(len(_registers(s, plan)), row_registers(plan, s.width)):
+            s.store(s.const_f(0.0), target, 4 * s.width * k)
 
     rotated = s.at(call["rotated"], s.times(start, pitch))
 
@@ -43,6 +46,9 @@ def rotate_rows(s: Simd, plan: Plan, a: Arguments, call: Fields, task: Value) ->
         s.store(register, s.at(rotated, s.times(row, pitch)), 4 * s.width * k)
 
     _times_matrix(s, plan, plain, count, call["into_tiles"], store)
+    if plan.kind == "attend_int8":
+        with s.loop(count) as i:
+            round_query(s, plan, s.at(rotated, s.times(i, pitch)))
 
 
 def merge_rows(s: Simd, plan: Plan, a: Arguments, call: Fields, task: Value) -> None:
@@ -96,7 +102,7 @@ def _merge_row(
     with parts() as c:
         b.store(s.maximum(s.splat(s.load(F32, state(c))), b.load(top)), top)
     total = variable(s, exp(s, b.fsub(sink, b.load(top))))
-    sums = [variable(s, s.const_f(0.0)) for _ in range(registers_of(plan.dim, s.width))]
+    sums = [variable(s, s.const_f(0.0)) for _ in range(row_registers(plan, s.width))]
     with parts() as c:
         weight = exp(s, b.fsub(s.splat(s.load(F32, state(c))), b.load(top)))
         part = s.splat(s.load(F32, state(c), 4))
@@ -137,8 +143,8 @@ def _times_matrix(
     s: Simd, plan: Plan, source: Value, rows: Value, matrix: Value, store: Store
 ) -> None:
     """Rows that follow each other, times the matrix at an address."""
-    registers, pitch = registers_of(plan.dim, s.width), row_bytes(s, plan)
-    factor = ValueTile(s, plan.dim, matrix)
+    registers, pitch = row_registers(plan, s.width), row_bytes(s, plan)
+    factor = ValueTile(s, registers * s.width, matrix)
     for start in range(0, registers, REGISTERS_AT_ONCE):  # a part of the matrix stays in the cache
         part = range(start, min(start + REGISTERS_AT_ONCE, registers))
 

@@ -13,8 +13,9 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from .attend_call import CALL, Fields
+from .attend_int8 import attend_head_int8
 from .attend_rows import merge_rows, rotate_rows
-from .attend_units import attend_unit
+from .attend_units import attend_head, attend_unit
 from .kernels import Arguments, Plan
 from .simd import I32, I64, Simd, Value
 
@@ -97,7 +98,8 @@ def emit_attend(s: Simd, plan: Plan, a: Arguments) -> None:
                     here = b.icmp_signed("<", tasks.current, merges_from)
                     return b.sub(b.select(here, tasks.current, number), units_from)
 
-                attend_unit(s, plan, a, call, b.sub(number, units_from), next_unit)
+                head = attend_head_int8 if plan.kind == "attend_int8" else attend_head
+                attend_unit(s, plan, a, call, b.sub(number, units_from), next_unit, head)
             with third:
                 tasks.wait_for(merges_from)
                 merge_rows(s, plan, a, call, b.sub(number, merges_from))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -23,19 +24,43 @@ from .attend import (
     rows_at_once,
     scores_block,
 )
-from .attend_call import CALL, OFFSETS, UNIT, Fields, Scratch, row_bytes
+from .attend_call import CALL, OFFSETS, UNIT, Fields, Scratch, row_bytes, row_registers
 from .kernels import Arguments, Plan
 from .packing import packed_bytes
 from .quantize import values_table
 from .simd import CACHE_LINE, F32, I32, I64, Simd, Value
-from .softmax import NOTHING, STATE_BYTES, softmax_row
-from .tile import TILE, Address, KeyWindows, PackedValues, registers_of
+from .softmax import LOWEST_POWER, NOTHING, STATE_BYTES, softmax_row
+from .tile import TILE, Address, KeyWindows, PackedValues
+
+
+class Place(NamedTuple):
+    """Where the parts of a tile lie that belong to one key/value head; addresses."""
+
+    unit: Fields
+    head: Value  # its number
+    first: Value  # token
+    query: Value
+    states: Value
+    outputs: Value
+    here: Value  # offsets of the tile's tokens
+    ahead: Value  # and of the next one's
+
+
+AttendHead = Callable[[Simd, Plan, Arguments, Place], None]
 
 
 def attend_unit(
-    s: Simd, plan: Plan, a: Arguments, call: Fields, task: Value, next_unit: Callable[[], Value]
+    s: Simd,
+    plan: Plan,
+    a: Arguments,
+    call: Fields,
+    task: Value,
+    next_unit: Callable[[], Value],
+    head: AttendHead,
 ) -> None:
     """One unit.
+
+    head : what is done with a tile and a key/value head
 
     next_unit : claims another unit and says which, or gives this one where there is none; that is
         done during the last tile, to fetch the next unit's first tile ahead
@@ -49,8 +74,9 @@ def attend_unit(
     with s.loop(b.mul(heads, rows)) as i:
         s.store(ir.Constant(F32, NOTHING), states, s.times(i, STATE_BYTES))
         s.store(ir.Constant(F32, 0.0), states, s.at(s.times(i, STATE_BYTES), 4))
+        s.store(ir.Constant(F32, LOWEST_POWER), states, s.at(s.times(i, STATE_BYTES), 8))
         row = s.at(outputs, s.times(i, pitch))
-        for k in range(registers_of(plan.dim, s.width)):
+        for k in range(row_registers(plan, s.width)):
             s.store(s.const_f(0.0), row, 4 * s.width * k)
     tiles = b.udiv(b.add(b.sub(stop, start), s.int64(TILE - 1)), s.int64(TILE))
     _locate(s, call, unit, start, scratch.offsets)
@@ -74,27 +100,34 @@ def attend_unit(
             output = s.at(outputs, s.times(done, pitch))
             row = b.add(b.mul(h, call["rows"]), unit["row"])
             query = s.at(call["rotated"], s.times(row, pitch))
-            # The norms come first, so that their stores are done when vectors of them are loaded.
-            s.outlined("norms", _gather_norms, a.source, h, here, scratch.norms)
-            where = (a.source, h, here, ahead, a.scratch)
-            s.outlined("windows", partial(_write_windows, plan), a.tables, *where)
-            few = b.icmp_signed("<=", rows, s.int64(most_rows_looked_up(s, plan)))
-            scores = (a.scratch, rows, query)
-            with b.if_else(few) as (then, otherwise):
-                with then:
-                    s.outlined("scores", partial(_scores, plan), a.tables, *scores)
-                with otherwise:
-                    s.outlined("key_tile", partial(_write_key_tile, plan), a.tables, a.scratch)
-                    s.outlined("scores_of_tile", partial(_scores_of_tile, plan), *scores)
-            softmax = (a.source, unit.address, h, first, state, a.scratch)
-            s.outlined("softmax", partial(_softmax, plan), *softmax)
-            outputs = (a.scratch, rows, state, output)
-            with b.if_else(few) as (then, otherwise):
-                with then:
-                    s.outlined("outputs", partial(_outputs, plan), *outputs, a.signs, *where)
-                with otherwise:
-                    s.outlined("value_tile", partial(_write_value_tile, plan), a.signs, *where)
-                    s.outlined("outputs_of_tile", partial(_outputs_of_tile, plan), *outputs)
+            head(s, plan, a, Place(unit, h, first, query, state, output, here, ahead))
+
+
+def attend_head(s: Simd, plan: Plan, a: Arguments, place: Place) -> None:
+    """Scores, weights and outputs in float32."""
+    rows, h, here = place.unit["rows"], place.head, place.here
+    scratch = Scratch(s, plan, a.scratch)
+    # The norms come first, so that their stores are done when vectors of them are loaded.
+    s.outlined("norms", gather_norms, a.source, h, here, scratch.norms)
+    where = (a.source, h, here, place.ahead, a.scratch)
+    s.outlined("windows", partial(_write_windows, plan), a.tables, *where)
+    few = s.b.icmp_signed("<=", rows, s.int64(most_rows_looked_up(s, plan)))
+    scores = (a.scratch, rows, place.query)
+    with s.b.if_else(few) as (then, otherwise):
+        with then:
+            s.outlined("scores", partial(_scores, plan), a.tables, *scores)
+        with otherwise:
+            s.outlined("key_tile", partial(_write_key_tile, plan), a.tables, a.scratch)
+            s.outlined("scores_of_tile", partial(_scores_of_tile, plan), *scores)
+    softmax = (a.source, place.unit.address, h, place.first, place.states, a.scratch)
+    s.outlined("softmax", partial(_softmax, plan), *softmax)
+    outputs = (a.scratch, rows, place.states, place.outputs)
+    with s.b.if_else(few) as (then, otherwise):
+        with then:
+            s.outlined("outputs", partial(_outputs, plan), *outputs, a.signs, *where)
+        with otherwise:
+            s.outlined("value_tile", partial(_write_value_tile, plan), a.signs, *where)
+            s.outlined("outputs_of_tile", partial(_outputs_of_tile, plan), *outputs)
 
 
 def _unit(s: Simd, call: Fields, number: Value) -> Fields:
@@ -119,7 +152,7 @@ def _write_windows(
     scratch: Value,
 ) -> None:
     """Windows of one head of the tile's keys; those of the next tile are fetched nearer."""
-    packed, coming = _codes(s, "key", call_address, head, here, ahead)
+    packed, coming = codes_of(s, "key", call_address, head, here, ahead)
 
     def rows(i: Value) -> list[Value]:
         tokens = [s.at(s.times(i, s.width), j) for j in range(s.width)]
@@ -217,12 +250,12 @@ def _packed_values(
     ahead: Value,
     scratch: Value,
 ) -> PackedValues:
-    packed, coming = _codes(s, "value", call_address, head, here, ahead)
+    packed, coming = codes_of(s, "value", call_address, head, here, ahead)
     table = values_table(s, tables, plan.value_bits)
     return PackedValues(s, plan.value_bits, plan.dim, packed, coming, table)
 
 
-def _codes(
+def codes_of(
     s: Simd, side: str, call_address: Value, head: Value, here: Value, ahead: Value
 ) -> tuple[Address, Address]:
     """Where one head of the tile's tokens lies, and of the next tile's."""
@@ -268,7 +301,7 @@ def _offset(s: Simd, offsets: Value, name: str, j: Value) -> Value:
     return s.load(I64, offsets, s.at(s.times(j, 8), 8 * TILE * OFFSETS.index(name)))
 
 
-def _gather_norms(s: Simd, call_address: Value, head: Value, here: Value, norms: Value) -> None:
+def gather_norms(s: Simd, call_address: Value, head: Value, here: Value, norms: Value) -> None:
     """Norms of the tile's tokens side by side: [2 (keys, values), TILE]."""
     call = Fields(s, call_address, CALL)
     for i, side in enumerate(("key", "value")):

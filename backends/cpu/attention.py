@@ -48,10 +48,15 @@ class Prepared(NamedTuple):
 
 def attention(key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch) -> None:
     """Fill batch.out and batch.lse."""
+    attend(_prepare(key_spec, value_spec), batch)
+
+
+def attend(prepared: Prepared, batch: AttentionBatch) -> None:
+    """Fill batch.out and batch.lse by the kernel of `prepared`."""
     tokens, _, dim = batch.query.shape
     if tokens == 0:
         return
-    work, prepared = _cut_of(batch), _prepare(key_spec, value_spec)
+    work = _cut_of(batch)
     query, out = batch.query, batch.out
     if query.dtype != np.float32 or query.strides[2] != query.itemsize:
         query = np.ascontiguousarray(query, np.float32)
@@ -186,20 +191,27 @@ def _prepare(key_spec: CodecSpec, value_spec: CodecSpec) -> Prepared:
     if known is None:
         plan = Plan("attend", key_spec.head_dim, key_spec.bits, value_bits=value_spec.bits)
         matrices = _into_tiles(key_spec), _out_of_tiles(value_spec)
-        known = of_key[value_spec] = Prepared(
-            plan,
-            compiled(plan),
-            len(matrices[0]),
-            matrices,
-            address(matrices[0]),
-            address(matrices[1]),
-            constants_of(key_spec).addresses["encode"],
-            constants_of(value_spec).addresses["encode"],
-            compile_function(describe, DESCRIBE),
-            np.broadcast_to(np.zeros(1, np.float32), (2, 2)),
-            np.broadcast_to(np.full(1, -np.inf, np.float32), 2),
-        )
+        known = of_key[value_spec] = prepare(key_spec, value_spec, plan, matrices)
     return known
+
+
+def prepare(
+    key_spec: CodecSpec, value_spec: CodecSpec, plan: Plan, matrices: tuple[Float32s, Float32s]
+) -> Prepared:
+    """What calls of one kernel share; `matrices` rotate queries, and outputs back."""
+    return Prepared(
+        plan,
+        compiled(plan),
+        len(matrices[0]),
+        matrices,
+        address(matrices[0]),
+        address(matrices[1]),
+        constants_of(key_spec).addresses["encode"],
+        constants_of(value_spec).addresses["encode"],
+        compile_function(describe, DESCRIBE),
+        np.broadcast_to(np.zeros(1, np.float32), (2, 2)),
+        np.broadcast_to(np.full(1, -np.inf, np.float32), 2),
+    )
 
 
 def _into_tiles(spec: CodecSpec) -> Float32s:

@@ -45,6 +45,7 @@ BODIES = {
     "score": emit_score,
     "decode_product": emit_decode_product,
     "attend": emit_attend,
+    "attend_int8": emit_attend,
 }
 SIGNATURE = types.int64(*[types.int64] * len(Arguments._fields))
 

@@ -26,7 +26,7 @@ class Plan:
     Attributes
     ----------
     kind : {"encode", "encode_batch", "fix", "encode_product", "decode", "decode_batch",
-        "look_up", "look_up_scaled", "score", "decode_product", "attend"}
+        "look_up", "look_up_scaled", "score", "decode_product", "attend", "attend_int8"}
     dim, bits : int
     dtype : str
         Element type of the vectors on the side that is not codes.

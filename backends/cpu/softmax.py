@@ -13,6 +13,7 @@ from .tile import TILE
 
 STATE_BYTES = 12  # maximum, sum, decay of a row
 MARGIN = 8.0  # by which scores may exceed the maximum that is subtracted from them
+LOWEST_POWER = -(2.0**22)  # what is subtracted from exponents of 2 at first
 NOTHING = -1e30  # for minus infinity, where a difference of two must not be NaN
 
 
