@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from queue import SimpleQueue
 
@@ -43,6 +44,17 @@ def num_threads() -> int:
     )
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this thread computes by itself: for callers who have divided their work already."""
+    before = getattr(_in_worker, "active", False)
+    _in_worker.active = True
+    try:
+        yield
+    finally:
+        _in_worker.active = before
+
+
 def for_rows(rows: int, elements_per_row: int, task: Task) -> None:
     """Call task(start, stop) for ranges that cover 0..rows, on several threads if it pays."""
     threads = 1 if getattr(_in_worker, "active", False) else num_threads()
@@ -54,12 +66,9 @@ def for_rows(rows: int, elements_per_row: int, task: Task) -> None:
     claims = count()
 
     def work() -> None:
-        _in_worker.active = True
-        try:
+        with alone():
             while (piece := next(claims)) < pieces:  # next() is atomic under the GIL
                 task(bounds[piece], bounds[piece + 1])
-        finally:
-            _in_worker.active = False
 
     helpers = [_Helper(work) for _ in range(min(threads, pieces) - 1)]
     _pool.submit(helpers)
