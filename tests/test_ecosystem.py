@@ -17,6 +17,7 @@ from turboquant_np.testing import assert_bits_equal
 
 EXTRAS = {
     "turboquant_np.zarr": ("zarr", "zarr"),
+    "turboquant_np.zarr_pipeline": ("zarr", "zarr"),
     "turboquant_np.numcodecs": ("numcodecs", "zarr"),
     "turboquant_np.dask": ("dask", "dask"),
     "turboquant_np.safetensors": ("safetensors", "io"),

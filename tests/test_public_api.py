@@ -24,6 +24,7 @@ OPTIONAL = {
     "turboquant_np.numcodecs": "numcodecs",
     "turboquant_np.safetensors": "safetensors",
     "turboquant_np.zarr": "zarr",
+    "turboquant_np.zarr_pipeline": "zarr",
 }
 
 

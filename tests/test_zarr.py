@@ -1,4 +1,7 @@
-"""Zarr format 3: what is stored, read in parts, rewritten in parts, and refused."""
+"""Zarr format 3: what is stored, read in parts, rewritten in parts, and refused.
+
+Everything with Zarr's usual codec pipeline and with ours, which must not differ.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from turboquant_np.testing import assert_bits_equal
 
 zarr = pytest.importorskip("zarr", reason="needs the zarr extra")
 
+from turboquant_np import zarr_pipeline  # noqa: E402
 from turboquant_np.zarr import TurboQuantCodec  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "zarr"
@@ -49,6 +54,12 @@ def direct(x: Any, tq: TurboQuant | None = None) -> Any:
     """What reading must give: the vectors encoded and decoded with no store in between."""
     tq = tq or TurboQuant(head_dim=64, bits=3)
     return tq.decode(*tq.encode(x), dtype=x.dtype.newbyteorder("=")).astype(x.dtype)
+
+
+@pytest.fixture(autouse=True, params=["usual", "ours"])
+def pipeline(request: pytest.FixtureRequest) -> Iterator[None]:
+    with zarr_pipeline.enable() if request.param == "ours" else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ class ChunkSettings:
         """Whether every vector of an encoded chunk decodes to zeros: all scales are 0."""
         return not bool(data[self._num_vectors(shape) * self.quantizer.packed_dim :].any())
 
-    def decode_chunk(self, data: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    def decode_chunk(self, data: Any, shape: tuple[int, ...], dtype: Any, out: Any = None) -> Any:
         """Undo `encode_chunk` for a chunk of `shape`.
 
         Parameters
@@ -157,6 +157,8 @@ class ChunkSettings:
         data : NumPy or CuPy array, uint8, 1-d
         shape : tuple of int
         dtype : dtype
+        out : array of `shape`, optional
+            C-contiguous, of a native float dtype: decode into it.
 
         Raises
         ------
@@ -166,10 +168,16 @@ class ChunkSettings:
         n, size = self._num_vectors(shape), self.encoded_size(shape)
         self._check_size(data.size, size, shape)
         split = n * self.quantizer.packed_dim
-        return self._decode(data[:split], data[split:], shape, dtype)
+        return self._decode(data[:split], data[split:], shape, dtype, out)
 
     def decode_rows(
-        self, codes: Any, scales: Any, rows: range, shape: tuple[int, ...], dtype: Any
+        self,
+        codes: Any,
+        scales: Any,
+        rows: range,
+        shape: tuple[int, ...],
+        dtype: Any,
+        out: Any = None,
     ) -> Any:
         """Decode consecutive rows, along the first axis, of a chunk of `shape`.
 
@@ -182,6 +190,8 @@ class ChunkSettings:
         rows : range
         shape : tuple of int
         dtype : dtype
+        out : array of the shape of these rows, optional
+            As in `decode_chunk`.
 
         Raises
         ------
@@ -192,7 +202,7 @@ class ChunkSettings:
         scale_bytes = self._num_vectors(part) * SCALE_BYTES
         part_size = self.encoded_size(part) - scale_bytes + self._num_vectors(rest) * SCALE_BYTES
         self._check_size(codes.size + scales.size, part_size, shape)
-        return self._decode(codes, scales[:scale_bytes], part, dtype)
+        return self._decode(codes, scales[:scale_bytes], part, dtype, out)
 
     def _check_size(self, size: int, expected: int, shape: tuple[int, ...]) -> None:
         if size != expected:
@@ -201,11 +211,14 @@ class ChunkSettings:
                 f"damaged, or its shape or settings were changed ({self.to_settings()})"
             )
 
-    def _decode(self, codes: Any, scales: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    def _decode(self, codes: Any, scales: Any, shape: tuple[int, ...], dtype: Any, out: Any) -> Any:
         norms = scales.copy().view(SCALE_DTYPE).astype(np.float32, copy=False)  # aligned, native
         if not bool(np.isfinite(norms).all()):
             raise StorageError("a scale in the chunk is NaN or infinite: the chunk is damaged")
         packed = codes.reshape(len(norms), self.quantizer.packed_dim)
+        if out is not None:
+            self.quantizer.decode(packed, norms, out=out.reshape(len(norms), -1))
+            return out
         decoded = self.quantizer.decode(packed, norms, dtype=_arrays.float_dtype(dtype))
         return decoded.reshape(shape).astype(dtype, copy=False)
 

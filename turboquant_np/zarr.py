@@ -23,6 +23,8 @@ try:
     from zarr.abc.codec import ArrayBytesCodecPartialEncodeMixin as PartialEncode
     from zarr.abc.store import OffsetByteRequest, RangeByteRequest
     from zarr.core.common import parse_named_configuration
+
+    from ._zarr_threads import compute, operation
 except ImportError as error:
     raise missing_extra(__name__, "zarr", error) from error
 
@@ -165,21 +167,26 @@ class TurboQuantCodec(ChunkSettings, _Serializer):
     # Zarr's usual pipeline calls the asynchronous methods, its FusedCodecPipeline the others.
 
     async def _decode_partial_single(
-        self, byte_getter: ByteGetter, selection: Any, chunk_spec: ArraySpec
+        self, byte_getter: ByteGetter, selection: Any, chunk_spec: ArraySpec, out: Any = None
     ) -> NDBuffer | None:
         prototype = chunk_spec.prototype
         requests = self._byte_requests(selection, chunk_spec.shape)
-        parts = await asyncio.gather(*(byte_getter.get(prototype, r) for r in requests))
-        return await asyncio.to_thread(self._decode_parts, parts, selection, chunk_spec)
+        with operation():
+            if len(requests) == 1:
+                parts = [await byte_getter.get(prototype, *requests)]
+            else:
+                parts = await asyncio.gather(*(byte_getter.get(prototype, r) for r in requests))
+            arguments = parts, selection, chunk_spec, out
+            return await compute(self._decode_parts, *arguments, nbytes=_nbytes(chunk_spec))
 
     def _decode_partial_sync(
-        self, byte_getter: Any, selection: Any, chunk_spec: ArraySpec
+        self, byte_getter: Any, selection: Any, chunk_spec: ArraySpec, out: Any = None
     ) -> NDBuffer | None:
         requests = self._byte_requests(selection, chunk_spec.shape)
         parts = [
             byte_getter.get_sync(prototype=chunk_spec.prototype, byte_range=r) for r in requests
         ]
-        return self._decode_parts(parts, selection, chunk_spec)
+        return self._decode_parts(parts, selection, chunk_spec, out)
 
     def _byte_requests(self, selection: Any, shape: tuple[int, ...]) -> list[ByteRequest | None]:
         """What to read of a chunk: all of it, or the codes of some rows and their scales."""
@@ -196,33 +203,42 @@ class TurboQuantCodec(ChunkSettings, _Serializer):
         ]
 
     def _decode_parts(
-        self, parts: Sequence[Buffer | None], selection: Any, chunk_spec: ArraySpec
+        self, parts: Sequence[Buffer | None], selection: Any, chunk_spec: ArraySpec, out: Any
     ) -> NDBuffer | None:
-        """The selected part of a chunk, from the bytes that `_byte_requests` asked for."""
-        present = [part for part in parts if part is not None]
+        """The selected part of a chunk, from the bytes that `_byte_requests` asked for.
+
+        Parameters
+        ----------
+        out : array of the shape of what is selected, or None
+            To decode into: C-contiguous, native dtype; only for selections that `is_rows` allows.
+        """
+        present = [part.as_array_like() for part in parts if part is not None]
         if len(present) < len(parts):
             return None
-        if len(present) == 1:
-            return self._decode_sync(present[0], chunk_spec)[selection]
-        codes, scales = (part.as_array_like() for part in present)
         shape, dtype = chunk_spec.shape, chunk_spec.dtype.to_native_dtype()
-        rows, shifted = _rows_read(selection[0], shape[0])
-        chunk = self.decode_rows(codes, scales, rows, shape, dtype)
-        return chunk_spec.prototype.nd_buffer.from_ndarray_like(chunk)[(shifted, *selection[1:])]
+        if len(present) == 1:
+            chunk = self.decode_chunk(present[0], shape, dtype, out)
+        else:
+            codes, scales = present
+            rows, shifted = _rows_read(selection[0], shape[0])
+            chunk = self.decode_rows(codes, scales, rows, shape, dtype, out)
+            selection = (shifted, *selection[1:])
+        decoded = chunk_spec.prototype.nd_buffer.from_ndarray_like(chunk)
+        return decoded[selection] if out is None else decoded
 
     async def _encode_partial_single(
         self, byte_setter: ByteSetter, chunk_array: NDBuffer, selection: Any, chunk_spec: ArraySpec
     ) -> None:
-        old = None
-        if not _is_whole(selection, chunk_spec.shape):
-            old = await byte_setter.get(chunk_spec.prototype)
-        data = await asyncio.to_thread(
-            self._encode_update, old, chunk_array.as_ndarray_like(), selection, chunk_spec
-        )
-        if data is None:
-            await byte_setter.delete()
-        else:
-            await byte_setter.set(data)
+        with operation():
+            old = None
+            if not _is_whole(selection, chunk_spec.shape):
+                old = await byte_setter.get(chunk_spec.prototype)
+            arguments = old, chunk_array.as_ndarray_like(), selection, chunk_spec
+            data = await compute(self._encode_update, *arguments, nbytes=_nbytes(chunk_spec))
+            if data is None:
+                await byte_setter.delete()
+            else:
+                await byte_setter.set(data)
 
     def _encode_partial_sync(
         self, byte_setter: Any, chunk_array: NDBuffer, selection: Any, chunk_spec: ArraySpec
@@ -258,11 +274,28 @@ class TurboQuantCodec(ChunkSettings, _Serializer):
         return chunk_spec.prototype.buffer.from_array_like(data)
 
 
+def _nbytes(chunk_spec: ArraySpec) -> int:
+    size: int = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize
+    return size
+
+
 def _is_whole(selection: Any, shape: tuple[int, ...]) -> bool:
     return all(
         isinstance(s, slice) and range(n)[s] == range(n)
         for s, n in zip(selection, shape, strict=True)
     )
+
+
+def is_rows(selection: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a selection of a chunk is one that decoding gives without a cut afterwards.
+
+    That is the whole chunk or, where vectors are not along the first axis, consecutive rows of it.
+    """
+    if len(shape) == 1:
+        return _is_whole(selection, shape)
+    rows, *others = selection
+    consecutive = isinstance(rows, slice) and rows.step in (None, 1)
+    return consecutive and _is_whole(others, shape[1:])
 
 
 def _assign(chunk: Any, selection: Any, values: Any) -> None:
