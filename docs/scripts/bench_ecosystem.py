@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -92,19 +92,23 @@ def zarr_passes(x: Any, folder: Path) -> Iterator[tuple[tuple[str, str], tuple[A
     """{(store, way): (encode all of x, decode all of it)}; decoding makes new arrays."""
     import zarr
 
-    from turboquant_np import TurboQuant
+    from turboquant_np import TurboQuant, zarr_pipeline
     from turboquant_np.zarr import TurboQuantCodec
 
+    folder.mkdir()
     rows, dim = rows_per_chunk(x.shape[1]), x.shape[1]
     chunks = [slice(start, start + rows) for start in range(0, len(x), rows)]
     ways = {"chunk by chunk": chunks, "16 chunks at once": [slice(None)]}
     tq = TurboQuant(head_dim=dim, bits=4)
     packed, norms = tq.encode(x)
     codec, memory = TurboQuantCodec(bits=4), zarr.storage.MemoryStore()
-    stores: dict[str, tuple[Any, Any]] = {
-        "memory": (memory, codec),
-        "files": (zarr.storage.LocalStore(folder), codec),
-        "memory, not encoded": (memory, "auto"),  # what Zarr itself takes: no codec is faster
+    files, usual, ours = zarr.storage.LocalStore(folder), nullcontext, zarr_pipeline.enable
+    stores: dict[str, tuple[Any, Any, Any]] = {
+        "memory": (memory, codec, usual),
+        "memory, our pipeline": (memory, codec, ours),
+        "files": (files, codec, usual),
+        "files, our pipeline": (files, codec, ours),
+        "memory, not encoded": (memory, "auto", usual),  # what Zarr itself takes
     }
     for way, parts in ways.items():
 
@@ -116,17 +120,30 @@ def zarr_passes(x: Any, folder: Path) -> Iterator[tuple[tuple[str, str], tuple[A
             for p in parts:
                 tq.decode(packed[p], norms[p], dtype=np.float32)
 
+        def encode_to_files(parts: Any = parts) -> None:
+            for i, p in enumerate(parts):
+                for name, array in zip(("packed", "norms"), tq.encode(x[p]), strict=True):
+                    (folder / f"{name}{i}").write_bytes(array.data)
+
+        def decode_from_files(parts: Any = parts) -> None:
+            for i in range(len(parts)):
+                codes = np.frombuffer((folder / f"packed{i}").read_bytes(), np.uint8)
+                scales = np.frombuffer((folder / f"norms{i}").read_bytes(), np.float32)
+                tq.decode(codes.reshape(len(scales), -1), scales, dtype=np.float32)
+
         yield (ALONE, way), (encode, decode)
-        for name, (store, serializer) in stores.items():
-            array = zarr.create_array(
-                store,
-                name=f"{name}, {way}",
-                shape=x.shape,
-                chunks=(rows, dim),
-                dtype=x.dtype,
-                serializer=serializer,
-                compressors=None,
-            )
+        yield ("plain files, no Zarr", way), (encode_to_files, decode_from_files)
+        for name, (store, serializer, pipeline) in stores.items():
+            with pipeline():
+                array = zarr.create_array(
+                    store,
+                    name=f"{name}, {way}",
+                    shape=x.shape,
+                    chunks=(rows, dim),
+                    dtype=x.dtype,
+                    serializer=serializer,
+                    compressors=None,
+                )
 
             def write(parts: Any = parts, array: Any = array) -> None:
                 for p in parts:
