@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from .simd import F32, Register, Simd, Value
-from .softmax import STATE_BYTES, variable
-from .tile import REGISTERS_AT_ONCE, TILE, Body, registers_of
+from .softmax import State, state_floats, variable
+from .tile import REGISTERS_AT_ONCE, TILE, Body, Chore, registers_of
 
 UNROLLED = 8  # coordinates of keys in memory
 
@@ -21,12 +21,17 @@ UNROLLED = 8  # coordinates of keys in memory
 class Keys(Protocol):
     """Keys of a tile of tokens."""
 
-    def each_coordinate(self, tokens: Value, body: Body) -> None:
-        """body(coordinate, REGISTERS_AT_ONCE registers of it, from the token register on)."""
+    def each_coordinate(self, half: Value, tokens: Value, body: Body) -> None:
+        """body(coordinate, REGISTERS_AT_ONCE registers of it, from the token register on).
+
+        half : 0 or 1, of the coordinates
+        """
 
 
 class Values(Protocol):
     """Values of a tile of tokens."""
+
+    chore: Chore
 
     def registers(self, token: Value, places: range) -> list[Register]:
         """Some registers of a token's row."""
@@ -41,7 +46,8 @@ class KeyTile:
 
     def write(self, keys: Keys) -> None:
         s = self.s
-        with s.loop(TILE // (s.width * REGISTERS_AT_ONCE)) as i:
+        parts = TILE // (s.width * REGISTERS_AT_ONCE)
+        with s.loop(parts) as i, s.loop(2) as half:
             tokens = s.times(i, REGISTERS_AT_ONCE)
 
             def store(coordinate: Value, key: list[Register], tokens: Value = tokens) -> None:
@@ -49,13 +55,15 @@ class KeyTile:
                 for t, register in enumerate(key):
                     s.store(register, here, 4 * s.width * t)
 
-            keys.each_coordinate(tokens, store)
+            keys.each_coordinate(half, tokens, store)
 
-    def each_coordinate(self, tokens: Value, body: Body) -> None:
-        s, unrolled = self.s, min(UNROLLED, self.s.width)
-        with s.loop(self.coordinates // unrolled) as i:
+    def each_coordinate(self, half: Value, tokens: Value, body: Body) -> None:
+        s, unrolled = self.s, min(UNROLLED, self.s.width // 2)
+        turns = self.coordinates // 2 // unrolled
+        with s.loop(turns) as i:
+            turn = s.b.add(s.times(half, turns), i)
             for k in range(unrolled):
-                coordinate = s.at(s.times(i, unrolled), k)
+                coordinate = s.at(s.times(turn, unrolled), k)
                 here = self._place(coordinate, tokens)
                 parts = range(REGISTERS_AT_ONCE)
                 body(coordinate, [s.load(s.floats, here, 4 * s.width * t) for t in parts])
@@ -71,10 +79,12 @@ class ValueTile:
 
     def __init__(self, s: Simd, dim: int, address: Value) -> None:
         self.s, self.address, self.count = s, address, registers_of(dim, s.width)
+        self.chore: Chore = lambda token: None
 
     def write(self, values: Values) -> None:
         s = self.s
         with s.loop(TILE) as token:
+            values.chore(token)
             row = self._row(token)
             for k, register in enumerate(values.registers(token, range(self.count))):
                 s.store(register, row, 4 * s.width * k)
@@ -110,24 +120,32 @@ def in_blocks_of_rows(s: Simd, rows: Value, body: Callable[[Value, int], None]) 
 def scores_block(s: Simd, rows: int, dim: int, keys: Keys, query: Value, scores: Value) -> None:
     """scores[r, t] = <query[r], keys[t]> for `rows` rows and all tokens of the tile.
 
+    The halves are summed apart, as shorter sums have smaller errors.
+
     query : rows of registers_of(dim) registers; scores : rows of TILE floats
     """
     pitch = 4 * s.width * registers_of(dim, s.width)
     with s.loop(TILE // (s.width * REGISTERS_AT_ONCE)) as i:
-        sums = [variable(s, s.const_f(0.0)) for _ in range(rows * REGISTERS_AT_ONCE)]
-
-        def add(coordinate: Value, key: list[Register], sums: list[Value] = sums) -> None:
-            here = s.at(query, s.times(coordinate, 4))
-            for r in range(rows):
-                q = s.splat(s.load(F32, here, r * pitch))
-                for register, cell in zip(key, sums[r * len(key) :], strict=False):
-                    s.b.store(s.multiply_add(q, register, s.b.load(cell)), cell)
-
-        keys.each_coordinate(s.times(i, REGISTERS_AT_ONCE), add)
         target = s.at(scores, s.times(i, 4 * s.width * REGISTERS_AT_ONCE))
-        for j, cell in enumerate(sums):
-            r, t = divmod(j, REGISTERS_AT_ONCE)
-            s.store(s.b.load(cell), target, 4 * TILE * r + 4 * s.width * t)
+        offsets = [
+            4 * TILE * r + 4 * s.width * t for r in range(rows) for t in range(REGISTERS_AT_ONCE)
+        ]
+        for offset in offsets:
+            s.store(s.const_f(0.0), target, offset)
+        with s.loop(2) as half:
+            sums = [variable(s, s.const_f(0.0)) for _ in offsets]
+
+            def add(coordinate: Value, key: list[Register], sums: list[Value] = sums) -> None:
+                here = s.at(query, s.times(coordinate, 4))
+                for r in range(rows):
+                    q = s.splat(s.load(F32, here, r * pitch))
+                    for register, cell in zip(key, sums[r * len(key) :], strict=False):
+                        s.b.store(s.multiply_add(q, register, s.b.load(cell)), cell)
+
+            keys.each_coordinate(half, s.times(i, REGISTERS_AT_ONCE), add)
+            for cell, offset in zip(sums, offsets, strict=True):
+                other = s.load(s.floats, target, offset)
+                s.store(s.b.fadd(s.b.load(cell), other), target, offset)
 
 
 def outputs_block(
@@ -136,27 +154,46 @@ def outputs_block(
     """outputs[r] = outputs[r] * decay[r] + sum_t weights[r, t] values[t]."""
     registers = registers_of(dim, s.width)
     pitch = 4 * s.width * registers
-    for start in range(0, registers, REGISTERS_AT_ONCE):
+    starts = range(0, registers, REGISTERS_AT_ONCE)
+    for number, start in enumerate(starts):
         part = range(start, min(start + REGISTERS_AT_ONCE, registers))
+        chores = range(number, 2, min(2, len(starts)))  # the first two parts share them
         cells = []
         for r in range(rows):
-            decay = s.splat(s.load(F32, states, STATE_BYTES * r + 8))
+            state = State(s, s.at(states, 4 * state_floats(s.width) * r))
+            decay = s.splat(s.load(F32, state.decay))
             for k in part:
                 old = s.load(s.floats, outputs, r * pitch + 4 * s.width * k)
                 cells.append(variable(s, s.b.fmul(old, decay)))
-        add_products(s, cells, rows, TILE, values, part, weights)
+        add_products(s, cells, rows, range(TILE), TILE, values, part, weights, chores)
         for i, cell in enumerate(cells):
             r, k = i // len(part), part[i % len(part)]
             s.store(s.b.load(cell), outputs, r * pitch + 4 * s.width * k)
 
 
 def add_products(
-    s: Simd, cells: list[Value], rows: int, count: int, values: Values, part: range, weights: Value
+    s: Simd,
+    cells: list[Value],
+    rows: int,
+    tokens: range,
+    pitch: int,
+    values: Values,
+    part: range,
+    weights: Value,
+    chores: range = range(0),
 ) -> None:
-    """cells[r, k] += sum_t weights[r, t] values[t, k] for t below `count`, the pitch of weights."""
-    with s.loop(count) as t:
-        value = values.registers(t, part)
-        for r in range(rows):
-            w = s.splat(s.load(F32, s.at(weights, s.times(t, 4)), 4 * count * r))
-            for register, cell in zip(value, cells[r * len(part) :], strict=False):
-                s.b.store(s.multiply_add(w, register, s.b.load(cell)), cell)
+    """cells[r, k] += sum_t weights[r, t] values[t, k].
+
+    pitch : of rows of weights, in floats
+    chores : whether those of even tokens, and of odd ones, are done here
+    """
+    with s.loop(len(tokens) // 2) as pair:
+        for i in range(2):
+            t = s.at(s.times(pair, 2), tokens.start + i)
+            if i in chores:
+                values.chore(t)
+            value = values.registers(t, part)
+            for r in range(rows):
+                w = s.splat(s.load(F32, s.at(weights, s.times(t, 4)), 4 * pitch * r))
+                for register, cell in zip(value, cells[r * len(part) :], strict=False):
+                    s.b.store(s.multiply_add(w, register, s.b.load(cell)), cell)

@@ -21,7 +21,7 @@ NUMBERS = (
     *("gain", "soft_cap"),  # bits of float32: factor of the query; 0 for no cap
     *("into_tiles", "out_of_tiles"),  # float32 [padded, padded] matrices that rotate
     "rotated",  # float32 [kv_heads, rows, padded]
-    *("states", "outputs"),  # partial results: maximum, sum, decay; float32 [padded]
+    *("states", "outputs"),  # partial results: softmax.State, float32 [padded]
 )
 CALL = (
     *NUMBERS,

@@ -20,7 +20,7 @@ from numba.core import cgutils
 
 from .attend import in_blocks_of_rows
 from .attend_call import CALL, SCORE_BYTES, UNIT, Fields, Scratch, row_bytes, row_registers
-from .attend_units import Place, codes_of, gather_norms
+from .attend_units import Place, gather_norms, places_of
 from .int8_layout import (
     OFFSET,
     REGISTER,
@@ -36,7 +36,7 @@ from .int8_layout import (
 from .kernels import Arguments, Plan
 from .quantize import MAGIC
 from .simd import F32, I1, I8, I32, Register, Simd, Value, vector
-from .softmax import LOWEST_POWER, STATE_BYTES, across, tanh, variable
+from .softmax import LOWEST_POWER, State, across, state_floats, tanh, variable
 from .tile import TILE, Address
 from .transpose import unzip
 
@@ -219,7 +219,9 @@ def _write_columns(
     scratch: Value,
 ) -> None:
     """Dwords of fields of the tile's keys, those of 16 tokens side by side."""
-    packed, coming = codes_of(s, "key", call_address, head, here, ahead)
+    packed, coming = (
+        places_of(s, "key_codes", call_address, head, tokens) for tokens in (here, ahead)
+    )
     columns = Scratch(s, plan, scratch).tile
     with s.loop(TILE // LANES) as i:
         target = s.at(columns, s.times(i, 4 * LANES))
@@ -322,7 +324,7 @@ def _softmax(
             cap,
             low,
             high,
-            s.at(states, s.times(r, STATE_BYTES)),
+            State(s, s.at(states, s.times(r, 4 * state_floats(s.width)))),
             s.at(outputs, s.times(r, pitch)),
         )
 
@@ -337,7 +339,7 @@ def _softmax_row(
     cap: Value,
     first: Value,
     last: Value,
-    state: Value,
+    state: State,
     output: Value,
 ) -> None:
     b, count = s.b, TILE // LANES
@@ -377,8 +379,7 @@ def _softmax_row(
         weight = b.fmul(weight, s.load(s.floats, norms, 4 * TILE + 64 * k))
         scaled.append(weight)
         most = _larger(s, most, s.as_ints(weight))
-    before = s.load(F32, state, 4)
-    s.store(b.fadd(before, s.first(across(s, total, b.fadd))), state, 4)
+    s.store(b.fadd(s.load(s.floats, state.sums), total), state.sums)
     largest = s.first(s.as_floats(across(s, most, partial(_larger, s))))
     # a negative scale, or NaN, is the largest unsigned integer
     negative = b.fcmp_ordered("<", largest, ir.Constant(F32, 0.0))
@@ -409,10 +410,10 @@ def _power(s: Simd, x: Register, shifter: Register) -> Register:
     return s.as_floats(b.add(s.as_ints(power), b.shl(s.as_ints(shifted), s.const_i(23))))
 
 
-def _raise_maximum(s: Simd, plan: Plan, x: list[Register], state: Value, output: Value) -> Register:
+def _raise_maximum(s: Simd, plan: Plan, x: list[Register], state: State, output: Value) -> Register:
     """What to subtract from exponents, a whole number; earlier results follow if it is raised."""
     b = s.b
-    before = s.splat(s.load(F32, state, 8))
+    before = s.splat(s.load(F32, state.power))
     most = x[0]
     for score in x[1:]:
         most = s.maximum(most, score)
@@ -422,13 +423,13 @@ def _raise_maximum(s: Simd, plan: Plan, x: list[Register], state: Value, output:
         raised = s.maximum(across(s, most, s.maximum), before)
         raised = s.call("llvm.ceil.v16f32", s.floats, raised)
         b.store(raised, top)
-        s.store(s.first(raised), state, 8)
-        s.store(s.first(b.fmul(raised, s.const_f(math.log(2.0)))), state)
+        s.store(s.first(raised), state.power)
+        s.store(s.first(b.fmul(raised, s.const_f(math.log(2.0)))), state.maximum)
         change = s.maximum(b.fsub(before, raised), s.const_f(-127.0))
         decay = s.as_floats(
             b.shl(b.fptosi(b.fadd(change, s.const_f(127.0)), s.ints), s.const_i(23))
         )
-        s.store(b.fmul(s.load(F32, state, 4), s.first(decay)), state, 4)
+        s.store(b.fmul(s.load(s.floats, state.sums), decay), state.sums)
         for k in range(row_registers(plan, LANES)):
             s.store(b.fmul(s.load(s.floats, output, 64 * k), decay), output, 64 * k)
     return b.load(top)
@@ -449,7 +450,9 @@ def _outputs(
     scratch: Value,
 ) -> None:
     """Add a tile's weighted values to the outputs."""
-    packed, coming = codes_of(s, "value", call_address, head, here, ahead)
+    packed, coming = (
+        places_of(s, "value_codes", call_address, head, tokens) for tokens in (here, ahead)
+    )
     scores, pitch = Rows(s, plan, scratch), row_bytes(s, plan)
     with s.loop(TILE) as token:
         s.prefetch(coming(token), plan.dim * plan.value_bits // 8, level=2)

@@ -16,7 +16,7 @@ from .attend_int8 import round_query
 from .convert import load_floats, store_floats
 from .kernels import Arguments, Plan
 from .simd import F32, I32, Register, Simd, Value
-from .softmax import NOTHING, STATE_BYTES, exp, variable
+from .softmax import NOTHING, State, across, exp, state_floats, variable
 from .tile import REGISTERS_AT_ONCE
 
 Store = Callable[[Value, int, Register], None]  # (row, number of the register, the register)
@@ -95,23 +95,25 @@ def _merge_row(
     def parts() -> ir.Value:
         return s.loop(merge["chunks"])
 
-    def state(c: Value) -> Value:
-        return s.at(call["states"], s.times(b.add(place, b.mul(c, step)), STATE_BYTES))
+    def state(c: Value) -> State:
+        at = b.add(place, b.mul(c, step))
+        return State(s, s.at(call["states"], s.times(at, 4 * state_floats(s.width))))
 
     top = variable(s, s.maximum(sink, s.const_f(NOTHING)))
     with parts() as c:
-        b.store(s.maximum(s.splat(s.load(F32, state(c))), b.load(top)), top)
-    total = variable(s, exp(s, b.fsub(sink, b.load(top))))
+        b.store(s.maximum(s.splat(s.load(F32, state(c).maximum)), b.load(top)), top)
+    total = variable(s, s.const_f(0.0))
     sums = [variable(s, s.const_f(0.0)) for _ in range(row_registers(plan, s.width))]
     with parts() as c:
-        weight = exp(s, b.fsub(s.splat(s.load(F32, state(c))), b.load(top)))
-        part = s.splat(s.load(F32, state(c), 4))
+        weight = exp(s, b.fsub(s.splat(s.load(F32, state(c).maximum)), b.load(top)))
+        part = s.load(s.floats, state(c).sums)
         b.store(s.multiply_add(weight, part, b.load(total)), total)
         output = s.at(call["outputs"], s.times(b.add(place, b.mul(c, step)), pitch))
         for k, cell in enumerate(sums):
             value = s.load(s.floats, output, 4 * s.width * k)
             b.store(s.multiply_add(weight, value, b.load(cell)), cell)
-    whole = s.first(b.load(total))
+    every = b.fadd(across(s, b.load(total), b.fadd), exp(s, b.fsub(sink, b.load(top))))
+    whole = s.first(every)
     seen = b.fcmp_ordered(">", whole, ir.Constant(F32, 0.0))
     share = b.fdiv(ir.Constant(F32, 1.0), b.select(seen, whole, ir.Constant(F32, 1.0)))
     for k, cell in enumerate(sums):
@@ -149,11 +151,14 @@ def _times_matrix(
         part = range(start, min(start + REGISTERS_AT_ONCE, registers))
 
         def block(row: Value, count: int, part: range = part) -> None:
-            cells = [variable(s, s.const_f(0.0)) for _ in range(count * len(part))]
-            here = s.at(source, s.times(row, pitch))
-            add_products(s, cells, count, registers * s.width, factor, part, here)
-            for i, cell in enumerate(cells):
+            here, size = s.at(source, s.times(row, pitch)), registers * s.width
+            halves = []  # summed apart, as shorter sums have smaller errors
+            for half in (range(size // 2), range(size // 2, size)):
+                cells = [variable(s, s.const_f(0.0)) for _ in range(count * len(part))]
+                add_products(s, cells, count, half, size, factor, part, here)
+                halves.append([s.b.load(cell) for cell in cells])
+            for i, (x, y) in enumerate(zip(*halves, strict=True)):
                 r, k = i // len(part), part[i % len(part)]
-                store(s.at(row, r), k, s.b.load(cell))
+                store(s.at(row, r), k, s.b.fadd(x, y))
 
         in_blocks_of_rows(s, rows, block)

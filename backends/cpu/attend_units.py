@@ -29,8 +29,8 @@ from .kernels import Arguments, Plan
 from .packing import packed_bytes
 from .quantize import values_table
 from .simd import CACHE_LINE, F32, I32, I64, Simd, Value
-from .softmax import LOWEST_POWER, NOTHING, STATE_BYTES, softmax_row
-from .tile import TILE, Address, KeyWindows, PackedValues
+from .softmax import State, Tile, Visible, softmax_row, state_floats
+from .tile import TILE, Address, KeyWindows, LookedUpKeys, PackedValues
 
 
 class Place(NamedTuple):
@@ -68,13 +68,11 @@ def attend_unit(
     b, pitch, unit = s.b, row_bytes(s, plan), _unit(s, call, task)
     start, stop, rows = unit["start"], unit["stop"], unit["rows"]
     place, heads = unit["place"], call["kv_heads"]
-    scratch = Scratch(s, plan, a.scratch)
-    states = s.at(call["states"], s.times(place, STATE_BYTES))
+    scratch, state_bytes = Scratch(s, plan, a.scratch), 4 * state_floats(s.width)
+    states = s.at(call["states"], s.times(place, state_bytes))
     outputs = s.at(call["outputs"], s.times(place, pitch))
     with s.loop(b.mul(heads, rows)) as i:
-        s.store(ir.Constant(F32, NOTHING), states, s.times(i, STATE_BYTES))
-        s.store(ir.Constant(F32, 0.0), states, s.at(s.times(i, STATE_BYTES), 4))
-        s.store(ir.Constant(F32, LOWEST_POWER), states, s.at(s.times(i, STATE_BYTES), 8))
+        State(s, s.at(states, s.times(i, state_bytes))).clear()
         row = s.at(outputs, s.times(i, pitch))
         for k in range(row_registers(plan, s.width)):
             s.store(s.const_f(0.0), row, 4 * s.width * k)
@@ -96,7 +94,7 @@ def attend_unit(
         _locate(s, call, coming_unit, coming, ahead)
         with s.loop(heads) as h:
             done = b.mul(h, rows)
-            state = s.at(states, s.times(done, STATE_BYTES))
+            state = s.at(states, s.times(done, state_bytes))
             output = s.at(outputs, s.times(done, pitch))
             row = b.add(b.mul(h, call["rows"]), unit["row"])
             query = s.at(call["rotated"], s.times(row, pitch))
@@ -110,14 +108,14 @@ def attend_head(s: Simd, plan: Plan, a: Arguments, place: Place) -> None:
     # The norms come first, so that their stores are done when vectors of them are loaded.
     s.outlined("norms", gather_norms, a.source, h, here, scratch.norms)
     where = (a.source, h, here, place.ahead, a.scratch)
-    s.outlined("windows", partial(_write_windows, plan), a.tables, *where)
+    s.outlined("windows", partial(_write_windows, plan), *where)
     few = s.b.icmp_signed("<=", rows, s.int64(most_rows_looked_up(s, plan)))
     scores = (a.scratch, rows, place.query)
     with s.b.if_else(few) as (then, otherwise):
         with then:
-            s.outlined("scores", partial(_scores, plan), a.tables, *scores)
+            s.outlined("scores", partial(_scores, plan), *scores, a.tables, *where)
         with otherwise:
-            s.outlined("key_tile", partial(_write_key_tile, plan), a.tables, a.scratch)
+            s.outlined("key_tile", partial(_write_key_tile, plan), a.tables, *where)
             s.outlined("scores_of_tile", partial(_scores_of_tile, plan), *scores)
     softmax = (a.source, place.unit.address, h, place.first, place.states, a.scratch)
     s.outlined("softmax", partial(_softmax, plan), *softmax)
@@ -141,36 +139,39 @@ def most_rows_looked_up(s: Simd, plan: Plan) -> int:
     return rows_at_once(s) * (2 if cheap else 1)
 
 
+def gather_norms(s: Simd, call_address: Value, head: Value, here: Value, norms: Value) -> None:
+    """Norms of the tile's tokens side by side: [2 (keys, values), TILE]."""
+    places = [places_of(s, f"{side}_norms", call_address, head, here) for side in ("key", "value")]
+    with s.loop(TILE) as token:
+        for i, place in enumerate(places):
+            s.store(s.load(F32, place(token)), norms, s.at(s.times(token, 4), 4 * TILE * i))
+
+
 def _write_windows(
     plan: Plan,
     s: Simd,
-    tables: Value,
     call_address: Value,
     head: Value,
     here: Value,
     ahead: Value,
     scratch: Value,
 ) -> None:
-    """Windows of one head of the tile's keys; those of the next tile are fetched nearer."""
-    packed, coming = codes_of(s, "key", call_address, head, here, ahead)
+    """Windows of one head of the tile's keys."""
+    packed = places_of(s, "key_codes", call_address, head, here)
 
     def rows(i: Value) -> list[Value]:
-        tokens = [s.at(s.times(i, s.width), j) for j in range(s.width)]
-        for j in tokens:
-            s.prefetch(coming(j), packed_bytes(plan.dim, plan.bits), level=2)
-        return [packed(j) for j in tokens]
+        return [packed(s.at(s.times(i, s.width), j)) for j in range(s.width)]
 
-    _key_windows(plan, s, tables, scratch).write(rows)
+    KeyWindows(s, plan.bits, plan.dim, Scratch(s, plan, scratch).windows).write(rows)
 
 
-def _scores(plan: Plan, s: Simd, tables: Value, scratch: Value, rows: Value, query: Value) -> None:
-    keys = _key_windows(plan, s, tables, scratch)
-    _score_rows(plan, s, keys, scratch, rows, query)
+def _scores(plan: Plan, s: Simd, scratch: Value, rows: Value, query: Value, *where: Value) -> None:
+    _score_rows(plan, s, _keys(plan, s, *where), scratch, rows, query)
 
 
-def _write_key_tile(plan: Plan, s: Simd, tables: Value, scratch: Value) -> None:
-    keys = _key_windows(plan, s, tables, scratch)
-    KeyTile(s, plan.dim, Scratch(s, plan, scratch).tile).write(keys)
+def _write_key_tile(plan: Plan, s: Simd, *where: Value) -> None:
+    scratch = where[-1]
+    KeyTile(s, plan.dim, Scratch(s, plan, scratch).tile).write(_keys(plan, s, *where))
 
 
 def _scores_of_tile(plan: Plan, s: Simd, scratch: Value, rows: Value, query: Value) -> None:
@@ -198,12 +199,12 @@ def _outputs(
     outputs: Value,
     *where: Value,
 ) -> None:
-    _weigh_rows(plan, s, _packed_values(plan, s, *where), scratch, rows, states, outputs)
+    _weigh_rows(plan, s, _values(plan, s, *where), scratch, rows, states, outputs)
 
 
 def _write_value_tile(plan: Plan, s: Simd, *where: Value) -> None:
     scratch = where[-1]
-    values = _packed_values(plan, s, *where)
+    values = _values(plan, s, *where)
     ValueTile(s, plan.dim, Scratch(s, plan, scratch).tile).write(values)
 
 
@@ -228,19 +229,34 @@ def _weigh_rows(
 
     def block(row: Value, count: int) -> None:
         weights = s.at(scores, s.times(row, 4 * TILE))
-        state = s.at(states, s.times(row, STATE_BYTES))
+        state = s.at(states, s.times(row, 4 * state_floats(s.width)))
         to = s.at(outputs, s.times(row, pitch))
         outputs_block(s, count, plan.dim, values, weights, state, to)
 
     in_blocks_of_rows(s, rows, block)
 
 
-def _key_windows(plan: Plan, s: Simd, tables: Value, scratch: Value) -> KeyWindows:
-    table = values_table(s, tables, plan.bits)
-    return KeyWindows(s, plan.bits, plan.dim, Scratch(s, plan, scratch).windows, table)
+def _keys(
+    plan: Plan,
+    s: Simd,
+    tables: Value,
+    call_address: Value,
+    head: Value,
+    here: Value,
+    ahead: Value,
+    scratch: Value,
+) -> LookedUpKeys:
+    """Keys of the tile; besides, those of the next tile are fetched nearer."""
+    coming = places_of(s, "key_codes", call_address, head, ahead)
+
+    def chore(token: Value) -> None:
+        s.prefetch(coming(token), packed_bytes(plan.dim, plan.bits), level=2)
+
+    windows = KeyWindows(s, plan.bits, plan.dim, Scratch(s, plan, scratch).windows)
+    return LookedUpKeys(windows, values_table(s, tables, plan.bits), chore)
 
 
-def _packed_values(
+def _values(
     plan: Plan,
     s: Simd,
     tables: Value,
@@ -250,22 +266,25 @@ def _packed_values(
     ahead: Value,
     scratch: Value,
 ) -> PackedValues:
-    packed, coming = codes_of(s, "value", call_address, head, here, ahead)
+    """Values of the tile; besides, those of the next tile are fetched nearer."""
+    packed, coming = (
+        places_of(s, "value_codes", call_address, head, tokens) for tokens in (here, ahead)
+    )
+
+    def chore(token: Value) -> None:
+        s.prefetch(coming(token), packed_bytes(plan.dim, plan.value_bits), level=2)
+
     table = values_table(s, tables, plan.value_bits)
-    return PackedValues(s, plan.value_bits, plan.dim, packed, coming, table)
+    return PackedValues(s, plan.value_bits, plan.dim, packed, table, chore)
 
 
-def codes_of(
-    s: Simd, side: str, call_address: Value, head: Value, here: Value, ahead: Value
-) -> tuple[Address, Address]:
-    """Where one head of the tile's tokens lies, and of the next tile's."""
+def places_of(s: Simd, name: str, call_address: Value, head: Value, offsets: Value) -> Address:
+    """Where one head of a tile's tokens lies in an array."""
     call = Fields(s, call_address, CALL)
-    base = s.at(call[f"{side}_codes"], s.b.mul(head, call[f"{side}_head"]))
-
-    def of(offsets: Value) -> Address:
-        return lambda j: s.at(base, _offset(s, offsets, f"{side}_codes", j))
-
-    return of(here), of(ahead)
+    stride = name.replace("_codes", "").replace("_norms", "_norm")
+    base = s.at(call[name], s.b.mul(head, call[f"{stride}_head"]))
+    column = 8 * TILE * OFFSETS.index(name)
+    return lambda token: s.at(base, s.load(I64, offsets, s.at(s.times(token, 8), column)))
 
 
 def _locate(s: Simd, call: Fields, unit: Fields, first: Value, offsets: Value) -> None:
@@ -297,20 +316,6 @@ def _locate(s: Simd, call: Fields, unit: Fields, first: Value, offsets: Value) -
         b.store(b.add(b.load(page), b.zext(turned, I64)), page)
 
 
-def _offset(s: Simd, offsets: Value, name: str, j: Value) -> Value:
-    return s.load(I64, offsets, s.at(s.times(j, 8), 8 * TILE * OFFSETS.index(name)))
-
-
-def gather_norms(s: Simd, call_address: Value, head: Value, here: Value, norms: Value) -> None:
-    """Norms of the tile's tokens side by side: [2 (keys, values), TILE]."""
-    call = Fields(s, call_address, CALL)
-    for i, side in enumerate(("key", "value")):
-        base = s.at(call[f"{side}_norms"], s.b.mul(head, call[f"{side}_norm_head"]))
-        with s.loop(TILE) as j:
-            norm = s.load(F32, s.at(base, _offset(s, here, f"{side}_norms", j)))
-            s.store(norm, norms, s.at(s.times(j, 4), 4 * TILE * i))
-
-
 def _softmax(
     plan: Plan,
     s: Simd,
@@ -326,8 +331,10 @@ def _softmax(
     call, unit = Fields(s, call_address, CALL), Fields(s, unit_address, UNIT)
     scratch = Scratch(s, plan, scratch_address)
     cap = b.bitcast(b.trunc(call["soft_cap"], I32), F32)
+    tile = Tile(scratch.norms, s.at(scratch.norms, 4 * TILE), cap)
     end = b.trunc(b.sub(unit["stop"], first), I32)
     begin = b.trunc(first, I32)
+    zero, whole = ir.Constant(I32, 0), ir.Constant(I32, TILE)
     with s.loop(unit["rows"]) as r:
         row = b.add(unit["row"], r)
         low = b.sub(s.load(I32, call["first"], s.times(row, 4)), begin)
@@ -335,14 +342,12 @@ def _softmax(
         high = b.select(b.icmp_signed("<", high, end), high, end)
         skip = b.add(b.mul(head, call["bias_head"]), b.mul(row, call["bias_row"]))
         bias = s.load(F32, call["bias"], skip)
-        softmax_row(
-            s,
-            s.at(scratch.scores, s.times(r, 4 * TILE)),
-            scratch.norms,
-            s.at(scratch.norms, 4 * TILE),
-            bias,
-            cap,
-            low,
-            high,
-            s.at(states, s.times(r, STATE_BYTES)),
-        )
+        scores = s.at(scratch.scores, s.times(r, 4 * TILE))
+        state = State(s, s.at(states, s.times(r, 4 * state_floats(s.width))))
+        starts = b.icmp_signed("<=", low, zero)
+        sees_all = b.and_(starts, b.icmp_signed(">=", high, whole))
+        with b.if_else(sees_all, likely=True) as (then, otherwise):
+            with then:
+                softmax_row(s, tile, scores, bias, None, state)
+            with otherwise:
+                softmax_row(s, tile, scores, bias, Visible(low, high), state)

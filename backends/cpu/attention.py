@@ -21,7 +21,7 @@ from .compile import Kernel, compile_function, compiled
 from .kernels import Plan
 from .memory import Memory
 from .simd import target
-from .softmax import STATE_BYTES
+from .softmax import state_floats
 from .threads import lend_helpers
 from .tile import registers_of, value_order
 
@@ -103,8 +103,9 @@ def _call(
         np.ascontiguousarray(batch.block_tables, np.int64),
         *(bias, sinks, query, out, batch.lse),
     )
+    state_bytes = 4 * state_floats(target().width)
     room, of_results = _results.take(
-        kv_heads * rows * row_bytes, places * STATE_BYTES, places * row_bytes
+        kv_heads * rows * row_bytes, places * state_bytes, places * row_bytes
     )
     fields = np.empty(len(CALL), np.int64)
     fields[: len(NUMBERS)] = (

@@ -19,6 +19,7 @@ REGISTERS_AT_ONCE = 4  # of tokens of a key's coordinate, or of coordinates of a
 
 Body = Callable[[Value, list[Register]], None]
 Address = Callable[[Value], Value]
+Chore = Callable[[Value], None]
 
 
 class LaneGroup(NamedTuple):
@@ -112,8 +113,8 @@ class KeyWindows:
     units that shift and multiply have other work.
     """
 
-    def __init__(self, s: Simd, bits: int, dim: int, address: Value, table: Table) -> None:
-        self.s, self.bits, self.dim, self.address, self.table = s, bits, dim, address, table
+    def __init__(self, s: Simd, bits: int, dim: int, address: Value) -> None:
+        self.s, self.bits, self.dim, self.address = s, bits, dim, address
         self.groups, self.copies = lane_groups(bits, dim, s.width), copies_of(bits)
 
     def write(self, rows: Callable[[Value], list[Value]]) -> None:
@@ -130,30 +131,52 @@ class KeyWindows:
                         shifted = s.b.lshr(windows, s.const_i(copy * self.bits))
                         s.store(shifted, here, 4 * TILE * (place + copy))
 
-    def each_coordinate(self, tokens: Value, body: Body) -> None:
-        """body(coordinate, its centroids for REGISTERS_AT_ONCE registers of tokens).
-
-        tokens : number of the first register of tokens
-        """
+    def place(self, number: int, lane: Value, tokens: Value) -> Value:
+        """Address of a lane of a group's windows, from a register of tokens on."""
         s = self.s
-        for number, group in enumerate(self.groups):
-            with s.loop(s.width) as lane:
-                place = s.times(s.at(lane, number * s.width), 4 * TILE * self.copies)
-                here = s.at(s.at(self.address, place), s.times(tokens, 4 * s.width))
-                first = s.at(s.times(lane, group.codes), group.start)
-                for k in range(group.codes):
-                    codes = [
-                        self._codes(group, k, s.at(here, 4 * s.width * t))
-                        for t in range(REGISTERS_AT_ONCE)
-                    ]
-                    body(s.at(first, k), [self.table(code) for code in codes])
+        place = s.times(s.at(lane, number * s.width), 4 * TILE * self.copies)
+        return s.at(s.at(self.address, place), s.times(tokens, 4 * s.width))
 
-    def _codes(self, group: LaneGroup, k: int, address: Value) -> Register:
-        """The k-th code of each window, with other bits above it."""
+    def codes(self, group: LaneGroup, k: int, address: Value) -> Register:
+        """The k-th code of each window at an address, with other bits above it."""
         s, shift = self.s, shift_of(group, k, self.bits)
         if self.copies * self.bits == 8:
             return s.load(s.ints, address, 4 * TILE * (shift % 8 // self.bits) + shift // 8)
         return s.b.lshr(s.load(s.ints, address), s.const_i(shift))
+
+
+class LookedUpKeys:
+    """Keys of a tile, from their windows.
+
+    chore : what is done besides, a little at a time, once for each token
+    """
+
+    def __init__(self, windows: KeyWindows, table: Table, chore: Chore) -> None:
+        self.windows, self.table, self.chore = windows, table, chore
+
+    def each_coordinate(self, half: Value, tokens: Value, body: Body) -> None:
+        """body(coordinate, its centroids for REGISTERS_AT_ONCE registers of tokens).
+
+        half : 0 or 1, of the lanes of windows
+        tokens : number of the first register of tokens
+        """
+        w, s = self.windows, self.windows.s
+        share = -(-REGISTERS_AT_ONCE // len(w.groups))  # of the chores of a lane of tokens
+        for number, group in enumerate(w.groups):
+            chores = range(number * share, min((number + 1) * share, REGISTERS_AT_ONCE))
+            with s.loop(s.width // 2) as i:
+                lane = s.b.add(s.times(half, s.width // 2), i)
+                here = w.place(number, lane, tokens)
+                first = s.at(s.times(lane, group.codes), group.start)
+                for k in range(group.codes):
+                    turn = slice(*(len(chores) * n // group.codes for n in (k, k + 1)))
+                    for register in chores[turn]:
+                        self.chore(s.at(s.times(s.at(tokens, register), s.width), lane))
+                    codes = [
+                        w.codes(group, k, s.at(here, 4 * s.width * t))
+                        for t in range(REGISTERS_AT_ONCE)
+                    ]
+                    body(s.at(first, k), [self.table(code) for code in codes])
 
 
 def copies_of(bits: int) -> int:
@@ -170,22 +193,26 @@ class PackedValues:
     """Values of a tile, straight from the cache.
 
     packed : address of a token's codes, by its number in the tile
-    coming : the same for a later tile, to be nearer by then
+    chore : what is done besides, a little at a time, once for each token
     """
 
     def __init__(
-        self, s: Simd, bits: int, dim: int, packed: Address, coming: Address, table: Table
+        self,
+        s: Simd,
+        bits: int,
+        dim: int,
+        packed: Address,
+        table: Table,
+        chore: Chore = lambda token: None,
     ) -> None:
         self.s, self.bits, self.dim = s, bits, dim
-        self.packed, self.coming, self.table = packed, coming, table
+        self.packed, self.table, self.chore = packed, table, chore
         groups = lane_groups(bits, dim, s.width)
         self.places = [(group, k) for group in groups for k in range(group.codes)]
 
     def registers(self, token: Value, places: range) -> list[Register]:
         """Centroids in some places of a token's row."""
         s, bits = self.s, self.bits
-        if places.start == 0:
-            s.prefetch(self.coming(token), packed_bytes(self.dim, bits), level=2)
         found, packed = self.places[places.start : places.stop], self.packed(token)
         windows = {group: window(s, group, bits, self.dim, packed) for group, _ in found}
         return [
