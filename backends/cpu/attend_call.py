@@ -14,6 +14,7 @@ from .tile import TILE, key_windows_bytes, registers_of
 NUMBERS = (
     *("claimed", "finished"),  # tasks that threads have begun, and done
     *("rotations", "units", "merges"),  # the number of tasks of each kind, done in this order
+    *("whole_units", "parts"),  # units behind the whole ones are as many tasks each
     *("unit_list", "merge_list"),  # int64 [units, len(UNIT)], [merges / kv_heads, len(MERGE)]
     *("first", "last"),  # int32 [rows], the tokens each row sees
     *("block_size", "kv_heads", "group"),

@@ -33,6 +33,14 @@ from .softmax import State, Tile, Visible, softmax_row, state_floats
 from .tile import TILE, Address, KeyWindows, LookedUpKeys, PackedValues
 
 
+class Run(NamedTuple):
+    """What one task does: a unit, for some key/value heads."""
+
+    unit: Fields
+    first_head: Value
+    stop_head: Value
+
+
 class Place(NamedTuple):
     """Where the parts of a tile lie that belong to one key/value head; addresses."""
 
@@ -58,26 +66,29 @@ def attend_unit(
     next_unit: Callable[[], Value],
     head: AttendHead,
 ) -> None:
-    """One unit.
+    """A unit, or some key/value heads of it.
 
     head : what is done with a tile and a key/value head
 
-    next_unit : claims another unit and says which, or gives this one where there is none; that is
-        done during the last tile, to fetch the next unit's first tile ahead
+    next_unit : claims another task and says which, or gives this one where there is none; that is
+        done during the last tile, to fetch the next task's first tile ahead
     """
-    b, pitch, unit = s.b, row_bytes(s, plan), _unit(s, call, task)
+    b, pitch, run = s.b, row_bytes(s, plan), _run(s, call, task)
+    unit = run.unit
     start, stop, rows = unit["start"], unit["stop"], unit["rows"]
-    place, heads = unit["place"], call["kv_heads"]
     scratch, state_bytes = Scratch(s, plan, a.scratch), 4 * state_floats(s.width)
-    states = s.at(call["states"], s.times(place, state_bytes))
-    outputs = s.at(call["outputs"], s.times(place, pitch))
+    states = s.at(call["states"], s.times(unit["place"], state_bytes))
+    outputs = s.at(call["outputs"], s.times(unit["place"], pitch))
+    heads = b.sub(run.stop_head, run.first_head)
+    done = b.mul(run.first_head, rows)
     with s.loop(b.mul(heads, rows)) as i:
-        State(s, s.at(states, s.times(i, state_bytes))).clear()
-        row = s.at(outputs, s.times(i, pitch))
+        place = b.add(done, i)
+        State(s, s.at(states, s.times(place, state_bytes))).clear()
+        row = s.at(outputs, s.times(place, pitch))
         for k in range(row_registers(plan, s.width)):
             s.store(s.const_f(0.0), row, 4 * s.width * k)
     tiles = b.udiv(b.add(b.sub(stop, start), s.int64(TILE - 1)), s.int64(TILE))
-    _locate(s, call, unit, start, scratch.offsets)
+    _locate(s, call, unit, start, s.int64(0), scratch.offsets)
     following = cgutils.alloca_once(b, I64)
     b.store(task, following)
     with s.loop(tiles) as i:
@@ -89,10 +100,12 @@ def attend_unit(
         with b.if_then(b.icmp_signed("==", s.at(i, 1), tiles)):
             b.store(next_unit(), following)
         leave = b.icmp_signed("!=", b.load(following), task)
-        coming_unit = _unit(s, call, b.load(following))
-        coming = b.select(leave, coming_unit["start"], s.at(first, TILE))
-        _locate(s, call, coming_unit, coming, ahead)
-        with s.loop(heads) as h:
+        coming_run = _run(s, call, b.load(following))
+        coming = b.select(leave, coming_run.unit["start"], s.at(first, TILE))
+        other_heads = b.sub(coming_run.first_head, run.first_head)
+        _locate(s, call, coming_run.unit, coming, other_heads, ahead)
+        with s.loop(heads) as i:
+            h = b.add(run.first_head, i)
             done = b.mul(h, rows)
             state = s.at(states, s.times(done, state_bytes))
             output = s.at(outputs, s.times(done, pitch))
@@ -128,8 +141,17 @@ def attend_head(s: Simd, plan: Plan, a: Arguments, place: Place) -> None:
             s.outlined("outputs_of_tile", partial(_outputs_of_tile, plan), *outputs)
 
 
-def _unit(s: Simd, call: Fields, number: Value) -> Fields:
-    return Fields(s, s.at(call["unit_list"], s.times(number, 8 * len(UNIT))), UNIT)
+def _run(s: Simd, call: Fields, task: Value) -> Run:
+    """Units behind the whole ones are divided by heads, into tasks that follow each other."""
+    b, whole, parts, heads = s.b, call["whole_units"], call["parts"], call["kv_heads"]
+    behind = b.sub(task, whole)
+    is_whole = b.icmp_signed("<", behind, s.int64(0))
+    number = b.select(is_whole, task, b.add(whole, b.sdiv(behind, parts)))
+    part = b.srem(behind, parts)
+    first, stop = (b.sdiv(b.mul(x, heads), parts) for x in (part, s.at(part, 1)))
+    unit = Fields(s, s.at(call["unit_list"], s.times(number, 8 * len(UNIT))), UNIT)
+    zero = s.int64(0)
+    return Run(unit, b.select(is_whole, zero, first), b.select(is_whole, heads, stop))
 
 
 def most_rows_looked_up(s: Simd, plan: Plan) -> int:
@@ -287,8 +309,12 @@ def places_of(s: Simd, name: str, call_address: Value, head: Value, offsets: Val
     return lambda token: s.at(base, s.load(I64, offsets, s.at(s.times(token, 8), column)))
 
 
-def _locate(s: Simd, call: Fields, unit: Fields, first: Value, offsets: Value) -> None:
+def _locate(
+    s: Simd, call: Fields, unit: Fields, first: Value, heads: Value, offsets: Value
+) -> None:
     """Byte offsets of TILE tokens from `first` on; behind the last token, the last one again.
+
+    heads : offsets are those of a head so much further on
 
     The norms there, of the first heads at least, are fetched into the cache: they are few.
     """
@@ -298,6 +324,7 @@ def _locate(s: Simd, call: Fields, unit: Fields, first: Value, offsets: Value) -
     strides = [name.replace("_codes", "").replace("_norms", "_norm") for name in OFFSETS]
     by_block = [call[f"{stride}_block"] for stride in strides]
     by_token = [call[f"{stride}_token"] for stride in strides]
+    skips = [b.mul(heads, call[f"{stride}_head"]) for stride in strides]
     table = s.at(call["blocks"], b.mul(unit["seq"], call["blocks_pitch"]))
     page, slot = cgutils.alloca_once(b, I64), cgutils.alloca_once(b, I64)
     b.store(b.udiv(start, block_size), page)
@@ -306,6 +333,7 @@ def _locate(s: Simd, call: Fields, unit: Fields, first: Value, offsets: Value) -
         block = s.load(I64, table, s.times(b.load(page), 8))
         for i, name in enumerate(OFFSETS):
             offset = b.add(b.mul(block, by_block[i]), b.mul(b.load(slot), by_token[i]))
+            offset = b.add(offset, skips[i])
             s.store(offset, offsets, s.at(s.times(j, 8), 8 * TILE * i))
             if name.endswith("norms"):
                 s.prefetch(s.at(call[name], offset), CACHE_LINE)

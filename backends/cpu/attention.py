@@ -22,8 +22,10 @@ from .kernels import Plan
 from .memory import Memory
 from .simd import target
 from .softmax import state_floats
-from .threads import lend_helpers
+from .threads import helpers_worth, lend
 from .tile import registers_of, value_order
+
+MOST_PARTS = 4  # of a unit's key/value heads
 
 Float32s = npt.NDArray[np.float32]
 
@@ -62,7 +64,8 @@ def attend(prepared: Prepared, batch: AttentionBatch) -> None:
         query = np.ascontiguousarray(query, np.float32)
     if out.dtype != np.float32:
         out = np.empty(out.shape, np.float32)
-    call, in_use = _call(batch, prepared, work, query, out)
+    helpers = helpers_worth(work.cut.tokens * batch.num_kv_heads * dim)
+    call, in_use = _call(batch, prepared, work, query, out, helpers)
     size = attend_scratch_bytes(prepared.plan, work.cut.most_rows, target().width)
 
     def take_part(to_the_end: bool) -> int:
@@ -74,7 +77,7 @@ def attend(prepared: Prepared, batch: AttentionBatch) -> None:
         """In another thread, which keeps all memory that the call needs."""
         take_part(to_the_end=False)
 
-    lend_helpers(help_out, work.cut.tokens * batch.num_kv_heads * dim)
+    lend(help_out, helpers)
     try:
         check_status(take_part(to_the_end=True))
     except RuntimeError:
@@ -85,7 +88,12 @@ def attend(prepared: Prepared, batch: AttentionBatch) -> None:
 
 
 def _call(
-    batch: AttentionBatch, prepared: Prepared, work: Work, query: Float32s, out: Float32s
+    batch: AttentionBatch,
+    prepared: Prepared,
+    work: Work,
+    query: Float32s,
+    out: Float32s,
+    helpers: int,
 ) -> tuple[int, Any]:
     """Address of the fields that the kernel reads, and what must live while they are in use."""
     tokens, heads, dim = query.shape
@@ -108,8 +116,12 @@ def _call(
         kv_heads * rows * row_bytes, places * state_bytes, places * row_bytes
     )
     fields = np.empty(len(CALL), np.int64)
+    units = len(work.cut.units)
+    divided = min(units, 2 * (1 + helpers)) if helpers else 0  # so that all threads end together
+    whole, parts = units - divided, min(kv_heads, MOST_PARTS)
     fields[: len(NUMBERS)] = (
-        *(0, 0, rotations, len(work.cut.units), len(work.cut.merges) * kv_heads),
+        *(0, 0, rotations, whole + divided * parts, len(work.cut.merges) * kv_heads),
+        *(whole, parts),
         *work.addresses,
         *(page, kv_heads, group, rows),
         # scores are sums over z = sqrt(dim) * coordinates

@@ -79,13 +79,19 @@ def for_rows(rows: int, elements_per_row: int, task: Task) -> None:
             helper.wait()
 
 
-def lend_helpers(work: Callable[[], None], elements: int) -> None:
-    """Have other threads call `work` as well, if a piece of work of that size is worth it.
+def helpers_worth(elements: int) -> int:
+    """How many other threads a piece of work of that size is worth."""
+    if elements < 2 * GRAIN or getattr(_in_worker, "active", False):
+        return 0
+    return min(num_threads(), elements // GRAIN) - 1
+
+
+def lend(work: Callable[[], None], helpers: int) -> None:
+    """Have other threads call `work` as well.
 
     Nobody waits for them, so they may come when all is done.
     """
-    helpers = min(num_threads(), elements // GRAIN) - 1
-    if helpers > 0 and not getattr(_in_worker, "active", False):
+    if helpers:
         _pool.submit([_Helper(work) for _ in range(helpers)])
 
 
