@@ -17,9 +17,10 @@ from turboquant_np._spec import CodecSpec
 from turboquant_np.rotation import MATRIX_FRACTION_BITS, DenseRotation
 
 from .compile import Kernel, compiled
-from .kernels import FLUSHES_SUBNORMALS, Plan, can_batch, can_stream, scratch_floats
+from .kernels import FLUSHES_SUBNORMALS, Plan, can_batch, can_stream, scratch_floats, signs_pitch
 from .quantize import cells_for, host_tables
-from .simd import CACHE_LINE, target
+from .rotate import HALF_SQRT
+from .simd import CACHE_LINE, PAGE, target
 from .threads import for_rows
 
 CENTROID_FRACTION_BITS = 19  # as the format prescribes for dense rotations
@@ -35,14 +36,16 @@ class Constants:
 
     encode: npt.NDArray[np.float32]  # tables with the centroids of z
     decode: npt.NDArray[np.float32]  # tables with what codes decode to
-    signs: npt.NDArray[np.float32]  # [steps + 1, dim + width] +1 and -1
+    forward: npt.NDArray[np.float32]  # [steps + 1, signs_pitch / 4] signs, see rotate.RowRotation
+    back: npt.NDArray[np.float32]
     rounds: int
     cells: int
 
     @cached_property
     def addresses(self) -> dict[str, int]:
         """Of the arrays, by name; asking NumPy takes a microsecond for each."""
-        return {name: address(getattr(self, name)) for name in ("encode", "decode", "signs")}
+        names = ("encode", "decode", "forward", "back")
+        return {name: address(getattr(self, name)) for name in names}
 
 
 _constants: WeakKeyDictionary[CodecSpec, Constants] = WeakKeyDictionary()
@@ -59,15 +62,20 @@ def _make_constants(spec: CodecSpec) -> Constants:
     cpu, rotation = target(), spec.rotation
     if isinstance(rotation, DenseRotation):
         values = np.rint(np.ldexp(spec.centroids, CENTROID_FRACTION_BITS))
-        signs, rounds = np.ones((1, 1), np.float32), 0
+        forward = back = np.ones((1, 1), np.float32)
+        rounds = 0
     else:
         values, rounds = spec.decode_table, rotation.rounds
-        signs = np.ones((len(rotation.signs) + 1, spec.head_dim + cpu.width), np.float32)
-        signs[:-1, : spec.head_dim] = rotation.signs
+        floats = signs_pitch(spec.head_dim, cpu.width) // 4
+        back = aligned_empty((len(rotation.signs) + 1, floats), np.float32, PAGE)
+        back[:] = 1
+        back[:-1, : spec.head_dim] = rotation.signs
+        forward = mixing_signs(back, spec.head_dim)
     return Constants(
-        host_tables(cpu, spec, spec.centroids),
-        host_tables(cpu, spec, values),
-        signs,
+        aligned(host_tables(cpu, spec, spec.centroids)),
+        aligned(host_tables(cpu, spec, values)),
+        forward,
+        back,
         rounds,
         cells_for(cpu, spec),
     )
@@ -77,21 +85,41 @@ def address(array: npt.NDArray[Any]) -> int:
     return cast(int, array.__array_interface__["data"][0])
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """Memory at a multiple of a cache line: NumPy's own 16 bytes make registers straddle lines."""
+def aligned_empty(shape: tuple[int, ...], dtype: Any, unit: int = CACHE_LINE) -> npt.NDArray[Any]:
+    """Memory at a multiple of `unit`: NumPy's own 16 bytes make registers straddle cache lines."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + CACHE_LINE, np.uint8)
-    start = -address(memory) % CACHE_LINE
+    memory = np.empty(size + unit, np.uint8)
+    start = -address(memory) % unit
     aligned: npt.NDArray[Any] = memory[start : start + size].view(dtype).reshape(shape)
     return aligned
+
+
+def aligned(array: npt.NDArray[Any], unit: int = CACHE_LINE) -> npt.NDArray[Any]:
+    """A copy at a multiple of `unit`."""
+    copy = aligned_empty(array.shape, array.dtype, unit)
+    copy[:] = array
+    return copy
+
+
+def mixing_signs(signs: npt.NDArray[np.float32], dim: int) -> npt.NDArray[np.float32]:
+    """Signs of the forward rotation: where a step mixes halves, times what mixing multiplies with.
+
+    Exact, as only the sign changes; one multiplication then does for both.
+    """
+    if dim & (dim - 1) == 0:
+        return signs
+    result = aligned(signs, PAGE)
+    result[1:, : dim // 2] *= np.float32(HALF_SQRT)
+    result[1:, dim - dim // 2 : dim] *= np.float32(HALF_SQRT)
+    return result
 
 
 def scratch(dim: int) -> int:
     """Address of this thread's scratch rows for vectors of one length, zero behind the row."""
     known: dict[int, tuple[int, Any]] = _thread.__dict__.setdefault("scratch", {})
     if dim not in known:
-        rows = aligned_empty((scratch_floats(dim, target().width),), np.float32)
+        rows = aligned_empty((scratch_floats(dim, target().width),), np.float32, PAGE)
         rows[:] = 0
         known[dim] = (address(rows), rows)
     return known[dim][0]
@@ -122,7 +150,8 @@ def launch(
     at_scales = 0 if scales is None else address(scales)
     at_exponents = 0 if exponents is None else address(exponents)
     at_tables = constants.addresses[tables]
-    at_signs = constants.addresses["signs"] if signs is None else signs
+    rotation = {"encode": "forward", "decode": "back"}[tables]
+    at_signs = constants.addresses[rotation] if signs is None else signs
     number = constants.rounds if parameter is None else parameter
 
     def run(start: int, stop: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .convert import ITEM_SIZE
-from .kernels import Arguments, Plan
+from .kernels import Arguments, Plan, signs_pitch
 from .rotate import butterflies, load_signs
 from .simd import CACHE_LINE, F32, Register, Simd, Value
 from .transpose import transpose, unzip
@@ -41,7 +41,7 @@ class Columns:
     def __init__(self, s: Simd, plan: Plan, a: Arguments, vector_pitch: Value) -> None:
         self.s, self.plan, self.a = s, plan, a
         self.size = 4 * s.width  # of a register
-        self.pitch = 4 * (plan.dim + s.width)  # of a row, and of a step's signs
+        self.pitch = 4 * (plan.dim + s.width)  # of a row
         self.vector_pitch = vector_pitch
         self.writes = plan.kind == "decode_batch"
         self.fetches = not plan.streams
@@ -143,7 +143,8 @@ class Columns:
         s = self.s
         first = s.times(block, s.width)
         x = self._load(first, 1, s.width)
-        signs = s.at(s.at(self.a.signs, s.times(step, self.pitch)), s.times(first, 4))
+        pitch = signs_pitch(self.plan.dim, s.width)
+        signs = s.at(s.at(self.a.signs, s.times(step, pitch)), s.times(first, 4))
         sign = [s.splat(s.load(F32, signs, 4 * c)) for c in range(s.width)]
         for c in range(0, s.width, 2):
             x[c : c + 2] = self._signed_butterfly(*x[c : c + 2], *sign[c : c + 2])

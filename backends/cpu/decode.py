@@ -8,7 +8,15 @@ from numba.core import cgutils
 
 from .convert import ITEM_SIZE, store_floats
 from .encode import scratch_rows
-from .kernels import Arguments, Plan, each_group, each_register, rows_at_once, stays_in_registers
+from .kernels import (
+    Arguments,
+    Plan,
+    each_group,
+    each_register,
+    rows_at_once,
+    signs_pitch,
+    stays_in_registers,
+)
 from .normalize import fold, fold_lanes
 from .packing import GROUP, load_codes
 from .quantize import values_table
@@ -127,7 +135,7 @@ def _decode_in_registers(s: Simd, plan: Plan, a: Arguments) -> None:
                 codes = load_codes(s, plan.bits, source, k // GROUP * group_bytes, held)
                 row += [table(code) for code in codes]
             rows.append(row)
-        pitch = 4 * (plan.dim + s.width)
+        pitch = signs_pitch(plan.dim, s.width)
         rows = rotate_registers(s, rows, a.signs, pitch, a.parameter, back=True)
         for i, row in zip(numbers, rows, strict=True):
             scale = s.splat(s.load(F32, a.scales, s.times(i, 4)))
@@ -140,8 +148,7 @@ def _decode_in_registers(s: Simd, plan: Plan, a: Arguments) -> None:
 
 def _decode_in_memory(s: Simd, plan: Plan, a: Arguments) -> None:
     row, size = scratch_rows(s, plan, a)[0], ITEM_SIZE[plan.dtype]
-    pitch = 4 * (plan.dim + s.width)
-    rotation = RowRotation(s, plan.dim, row, a.signs, pitch, a.parameter)
+    pitch = signs_pitch(plan.dim, s.width)
     table = values_table(s, a.tables, plan.bits)
 
     def keep(element: Value, values: list[Register], count: int) -> None:
@@ -149,13 +156,23 @@ def _decode_in_memory(s: Simd, plan: Plan, a: Arguments) -> None:
             s.store(x, row, s.times(s.at(element, k * s.width), 4))
 
     with s.loop(a.rows) as i:
+        target = s.at(a.target, s.times(i, size * plan.dim))
+
+        def fetch(element: Value, count: int, target: Value = target) -> None:
+            if not plan.streams:
+                s.prefetch(s.at(target, s.times(element, size)), size * count, write=True)
+
+        rotation = RowRotation(s, plan.dim, row, a.signs, pitch, a.parameter, fetch)
         _each_values(s, plan, table, s.at(a.source, s.b.mul(i, a.source_pitch)), keep)
         rotation.back()
         scale = s.splat(s.load(F32, a.scales, s.times(i, 4)))
-        target = s.at(a.target, s.times(i, size * plan.dim))
 
         def finish(
-            element: Value, count: int, scale: Register = scale, target: Value = target
+            element: Value,
+            count: int,
+            scale: Register = scale,
+            target: Value = target,
+            rotation: RowRotation = rotation,
         ) -> None:
             offset = s.times(element, 4)
             x = rotation.first_signs(s.load(s.floats, row, offset), offset)

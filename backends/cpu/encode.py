@@ -15,6 +15,7 @@ from .kernels import (
     registers_of_row,
     row_floats,
     rows_at_once,
+    signs_pitch,
     stays_in_registers,
 )
 from .normalize import (
@@ -119,7 +120,7 @@ def _encode_in_registers(s: Simd, plan: Plan, a: Arguments) -> None:
             s,
             [row.registers for row in rows],
             a.signs,
-            4 * (plan.dim + s.width),
+            signs_pitch(plan.dim, s.width),
             a.parameter,
             back=False,
         )
@@ -139,13 +140,17 @@ def _encode_in_registers(s: Simd, plan: Plan, a: Arguments) -> None:
 
 def _encode_in_memory(s: Simd, plan: Plan, a: Arguments) -> None:
     row, partial = scratch_rows(s, plan, a)[:2]
-    pitch = 4 * (plan.dim + s.width)
-    rotation = RowRotation(s, plan.dim, row, a.signs, pitch, a.parameter)
+    pitch, size = signs_pitch(plan.dim, s.width), ITEM_SIZE[plan.dtype]
     writer = RowWriter(s, plan, a)
     with s.loop(a.rows) as i:
         source = s.at(a.source, s.b.mul(i, a.source_pitch))
+        following = s.at(source, a.source_pitch)
+
+        def fetch(element: Value, count: int, following: Value = following) -> None:
+            s.prefetch(s.at(following, s.times(element, size)), size * count)
+
+        rotation = RowRotation(s, plan.dim, row, a.signs, pitch, a.parameter, fetch)
         load_row(s, plan, source, row, rotation.first_signs)
-        s.prefetch(s.at(source, a.source_pitch), min(BYTES_AHEAD, ITEM_SIZE[plan.dtype] * plan.dim))
         norm, exponent = normalize_memory(s, row, registers_of_row(plan.dim, s.width), partial)
         rotation.forward()
         write_row(s, plan, a, writer, i, norm, exponent)

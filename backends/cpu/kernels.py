@@ -13,7 +13,7 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from .quantize import SMALLEST_NORMAL
-from .simd import CACHE_LINE, F32, I32, Simd, Value, target
+from .simd import CACHE_LINE, F32, I32, PAGE, Simd, Value, target
 
 OK, FLUSHES_SUBNORMALS = 0, 1
 STREAMED = 48 << 20  # bytes of vectors from which on decoding writes past the caches
@@ -82,10 +82,21 @@ class Arguments(NamedTuple):
     scales: Value  # float32 [rows]
     rows: Value  # their number
     tables: Value  # see quantize.host_tables
-    signs: Value  # float32 [steps + 1, dim + width], see rotate.RowRotation
+    signs: Value  # float32 [steps + 1, signs_pitch / 4], see rotate.RowRotation
     parameter: Value  # rounds of the rotation, or the bits of a float
     scratch: Value  # zeros, scratch_floats(plan) of them
     exponents: Value  # int32 [rows, 2], dense rotations only
+
+
+def signs_pitch(dim: int, width: int) -> int:
+    """Bytes from the signs of a step to those of the next, a register more than needed.
+
+    Whole pages from half a page on, so that signs and scratch rows, which begin at a page, have the
+    same offset in it: a load waits for an earlier store with an equal offset, even elsewhere.
+    """
+    size = 4 * (dim + width)
+    unit = PAGE if size > PAGE // 2 else CACHE_LINE
+    return -(-size // unit) * unit
 
 
 def row_floats(dim: int, width: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from .simd import F32, I64, Register, Simd, Value, vector
 
@@ -92,28 +93,20 @@ def _store_all(s: Simd, registers: list[Register], base: Value, offsets: list[Va
         s.store(register, base, offset)
 
 
-def mix_halves(
-    s: Simd, row: Value, dim: int, before: Value | None = None, after: Value | None = None
-) -> None:
+def mix_halves(s: Simd, row: Value, dim: int, *, signs: Value, back: bool) -> None:
     """a, b = first and last dim // 2 floats become (a + b) / sqrt(2), (a - b) / sqrt(2), in place.
 
-    before, after : addresses of signs to multiply all coordinates with, before or after that.
+    signs : address of what all coordinates are multiplied with, before that if `back`, else after
+        it, and then times 1 / sqrt(2) (but for a coordinate in the middle).
     """
     half, width, b = dim // 2, s.width, s.b
-    root = s.const_f(HALF_SQRT)
     distance = 4 * (dim - half)
 
-    def flip(x: Register, flips: Value | None, offset: Value) -> Register:
-        return x if flips is None else s.b.fmul(x, load_signs(s, flips, offset))
-
     def step(offset: Value, count: int) -> None:
-        far = s.at(offset, distance)
-        x = flip(s.load(s.floats, row, offset), before, offset)
-        y = flip(s.load(s.floats, row, far), before, far)
-        total = flip(b.fmul(b.fadd(x, y), root), after, offset)
-        difference = flip(b.fmul(b.fsub(x, y), root), after, far)
-        s.store(s.resize(total, count), row, offset)
-        s.store(s.resize(difference, count), row, far)
+        offsets = [offset, s.at(offset, distance)]
+        x = [s.load(s.floats, row, o) for o in offsets]
+        for y, o in zip(mix(s, x, offsets, signs=signs, back=back), offsets, strict=True):
+            s.store(s.resize(y, count), row, o)
 
     if half >= width:
         with s.loop(half // width) as i:
@@ -121,28 +114,57 @@ def mix_halves(
     if half % width:
         step(s.int64(4 * (half - half % width)), half % width)
     if dim % 2:
-        middle = s.load(F32, row, 4 * half)
-        for flips in (before, after):
-            if flips is not None:
-                middle = b.fmul(middle, s.load(F32, flips, 4 * half))
+        middle = b.fmul(s.load(F32, row, 4 * half), s.load(F32, signs, 4 * half))
         s.store(middle, row, 4 * half)
+
+
+def mix(
+    s: Simd, x: list[Register], offsets: list[Value], *, signs: Value, back: bool
+) -> list[Register]:
+    """The same for registers of the first half followed by those of the last."""
+
+    def multiply(x: list[Register]) -> list[Register]:
+        return [s.b.fmul(y, load_signs(s, signs, o)) for y, o in zip(x, offsets, strict=True)]
+
+    if back:
+        x = multiply(x)
+    pairs = list(zip(x[: len(x) // 2], x[len(x) // 2 :], strict=True))
+    x = [s.b.fadd(*pair) for pair in pairs] + [s.b.fsub(*pair) for pair in pairs]
+    root = s.const_f(HALF_SQRT)
+    return [s.b.fmul(y, root) for y in x] if back else multiply(x)
 
 
 class RowRotation:
     """The Hadamard rotation of one scratch row, forward and back.
 
-    Signs: [steps + 1, dim + width] float32; the last row is all +1 (no flips), so that every
-    step can end (forward) or begin (back) with the signs of the next one.
+    Signs: [steps + 1, pitch / 4] float32; the last row is all +1 (no flips), so that every
+    step can end (forward) or begin (back) with the signs of the next one.  Forward they are
+    multiplied as `mix_halves` wants them.
+
+    Where the dimension is 3 * 2**k, the last pass over a part also mixes the halves: both combine
+    coordinates a multiple of dim / 6 apart.
+
+    fetch : may prefetch what belongs to some coordinates, given the number of the first one and how
+        many they are; called here and there for all of them, so that memory works all the time
     """
 
     def __init__(
-        self, s: Simd, dim: int, row: Value, signs: Value, pitch: int, rounds: Value
+        self,
+        s: Simd,
+        dim: int,
+        row: Value,
+        signs: Value,
+        pitch: int,
+        rounds: Value,
+        fetch: Callable[[Value, int], None],
     ) -> None:
         self.s, self.dim, self.row, self.signs = s, dim, row, signs
         self.pitch = pitch  # bytes of a row of signs
         self.rounds = rounds
+        self.fetch = fetch
         self.block = 1 << (dim.bit_length() - 1)
         self.is_power_of_two = self.block == dim
+        self.sixth = dim // 6 if 2 * dim == 3 * self.block and dim % (6 * s.width) == 0 else 0
 
     def first_signs(self, x: Register, offset: Value) -> Register:
         return self.s.b.fmul(x, load_signs(self.s, self.signs, offset))
@@ -153,26 +175,51 @@ class RowRotation:
         with s.loop(self.rounds) as r:
             if self.is_power_of_two:
                 flips = self._signs_of(s.at(r, 1))
-                transform_memory(s, self.row, self.dim, last=self._flip(flips))
+                first = self._fetching(s.int64(0))
+                transform_memory(s, self.row, self.dim, first, self._flip(flips))
                 return
             for half in (0, 1):
-                self._transform_part(half)
                 flips = self._signs_of(s.at(s.times(r, 2), half + 1))
-                mix_halves(s, self.row, self.dim, after=flips)
+                if self.sixth:
+                    self._transform_part(half, partial(mix, s, signs=flips, back=False))
+                else:
+                    self._transform_part(half)
+                    mix_halves(s, self.row, self.dim, signs=flips, back=False)
 
     def back(self) -> None:
         """Rotate back, all but the signs of step 0."""
         s = self.s
+        if self.sixth:
+            self._sixths_back()
+            return
         with s.loop(self.rounds) as i:
             r = s.b.sub(s.b.sub(self.rounds, i), s.int64(1))
             if self.is_power_of_two:
                 flips = self._signs_of(s.at(r, 1))
-                transform_memory(s, self.row, self.dim, first=self._flip(flips))
+                first = self._fetching(s.int64(0), self._flip(flips))
+                transform_memory(s, self.row, self.dim, first)
                 return
             for half in (1, 0):
                 flips = self._signs_of(s.at(s.times(r, 2), half + 1))
-                mix_halves(s, self.row, self.dim, before=flips)
+                mix_halves(s, self.row, self.dim, signs=flips, back=True)
                 self._transform_part(half)
+
+    def _sixths_back(self) -> None:
+        s = self.s
+        last = s.b.sub(self.rounds, s.int64(1))
+
+        def mix_back(r: Value, half: int) -> Hook:
+            flips = self._signs_of(s.at(s.times(r, 2), half + 1))
+            return partial(mix, s, signs=flips, back=True)
+
+        flips = self._signs_of(s.times(self.rounds, 2))
+        mix_halves(s, self.row, self.dim, signs=flips, back=True)
+        with s.loop(last) as i:
+            r = s.b.sub(last, i)
+            self._transform_part(1, mix_back(r, 0))
+            self._transform_part(0, mix_back(s.b.sub(r, s.int64(1)), 1))
+        self._transform_part(1, mix_back(s.int64(0), 0))
+        self._transform_part(0)
 
     def _signs_of(self, step: Value) -> Value:
         return self.s.at(self.signs, self.s.times(step, self.pitch))
@@ -188,14 +235,40 @@ class RowRotation:
 
         return hook
 
-    def _transform_part(self, half: int) -> None:
-        s, scale = self.s, self.s.const_f(1 / math.sqrt(self.block))
-        base = s.at(self.row, 4 * half * (self.dim - self.block))
+    def _fetching(self, start: Value, then: Hook = no_hook) -> Hook:
+        """Fetch what belongs to the registers, whose offsets count from coordinate `start` on."""
+        s = self.s
 
-        def normalise(registers: list[Register], offsets: list[Value]) -> list[Register]:
+        def hook(registers: list[Register], offsets: list[Value]) -> list[Register]:
+            element = s.b.add(start, s.b.lshr(offsets[0], s.int64(2)))
+            self.fetch(element, len(registers) * s.width)
+            return then(registers, offsets)
+
+        return hook
+
+    def _transform_part(self, half: int, then: Hook | None = None) -> None:
+        """Transform the first or last `block` coordinates; `then` (of sixths only) mixes."""
+        s, scale = self.s, self.s.const_f(1 / math.sqrt(self.block))
+
+        def normalise(registers: list[Register], _: list[Value]) -> list[Register]:
             return [s.b.fmul(x, scale) for x in registers]
 
-        transform_memory(s, base, self.block, last=normalise)
+        start = s.int64(half * (self.dim - self.block))
+        base = s.at(self.row, s.times(start, 4))
+        if not self.sixth:
+            transform_memory(s, base, self.block, self._fetching(start), normalise)
+            return
+        with s.loop(4) as i:
+            part = s.times(i, self.sixth)
+            first = self._fetching(s.b.add(start, part))
+            transform_memory(s, s.at(base, s.times(part, 4)), self.sixth, first)
+        held = range(6) if then else range(2 * half, 2 * half + 4)
+        four = slice(held.index(2 * half), held.index(2 * half) + 4)
+        with s.loop(self.sixth // s.width) as j:
+            offsets = [s.at(s.times(j, 4 * s.width), 4 * self.sixth * k) for k in held]
+            x = [s.load(s.floats, self.row, o) for o in offsets]
+            x[four] = normalise(butterflies(s, x[four]), [])
+            _store_all(s, then(x, offsets) if then else x, self.row, offsets)
 
 
 def rotate_registers(

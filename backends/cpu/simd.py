@@ -24,7 +24,7 @@ from numba.core.registry import cpu_target
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 HALF, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
-CACHE_LINE = 64  # bytes
+CACHE_LINE, PAGE = 64, 4096  # bytes
 
 Value = Any  # an llvmlite value
 Register = Any  # an llvmlite value of a vector type
