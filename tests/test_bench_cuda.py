@@ -119,6 +119,14 @@ def test_what_cannot_be_captured_is_launched_and_said_to_be() -> None:
     assert clock.prepare([cuda.step("c")]).timed == "graph"
 
 
+def test_without_a_graph_steps_are_launched() -> None:
+    cuda = FakeCuda()
+    runner = CudaClock(cuda).prepare([cuda.step("a"), cuda.step("b")], graph=False)
+    assert (runner.timed, cuda.done) == ("launches", [])
+    assert runner.seconds() == pytest.approx(1e-3)
+    assert cuda.done == ["a", "b"]
+
+
 # -- the sections, on NumPy arrays in the place of CuPy's ------------------------------------------
 
 

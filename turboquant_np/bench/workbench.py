@@ -190,7 +190,8 @@ class Workbench:
         measured = {name: roofline for name, roofline in best.items() if roofline is not None}
         runners = {"ours": (clock or self.clock).prepare(steps)}
         runners |= {
-            name: self.clock.prepare([roofline.call]) for name, roofline in measured.items()
+            name: self.clock.prepare([roofline.call], graph=False)
+            for name, roofline in measured.items()
         }
         seconds = alternate(runners)
         line = Line(
