@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from turboquant_np import TurboQuant
+from turboquant_np._kv_files import FILE_VERSION
 from turboquant_np._pages import PagePool
 from turboquant_np.kv_cache import OutOfPagesError, PagedKVCache
 from turboquant_np.storage import StorageError
@@ -46,6 +49,87 @@ def test_without_copy_on_write_the_machine_fails(monkeypatch: pytest.MonkeyPatch
                 phases=[Phase.generate],
             ),
         )
+
+
+BY_LAYER: dict[str, Any] = {"num_layers": 3, "key_bits": [4, 2, 4], "value_bits": (3, 3, 3)}
+
+
+def test_layers_with_their_own_bits_are_as_caches_of_one_layer() -> None:
+    """Appended, forked, truncated and gone on with, swapped: every layer by itself."""
+    together = make_cache(**BY_LAYER)
+    alone = [make_cache(num_layers=1, key_bits=b, value_bits=3) for b in (4, 2, 4)]
+    keys, values = tokens(200, layers=3)
+    query = np.random.Generator(np.random.PCG64(4)).standard_normal((9, 4, 32), np.float32)
+    for cache, layers in (
+        (together, slice(None)),
+        *((c, slice(i, i + 1)) for i, c in enumerate(alone)),
+    ):
+        a = cache.allocate()
+        cache.append(a, keys[layers, :150], values[layers, :150])
+        b = cache.fork(a)
+        cache.truncate(b, 60)  # in a packed page
+        cache.append([a, b] * 20, keys[layers, 150:190], values[layers, 150:190])
+        cache.swap_out(b)
+        cache.swap_in(b)
+        step = cache.begin_step([a, b], [7, 2])
+        outs = []
+        for i, layer in enumerate(range(3)[layers]):
+            step.append(i, keys[layer, 190:199], values[layer, 190:199])
+            outs.append(step.attend(i, query))
+        if cache is together:
+            expected = outs
+        else:
+            assert_bits_equal(outs[0], expected[layer])
+            for sequence in (a, b):
+                for got, want in zip(
+                    cache.read(sequence, 0), together.read(sequence, layer), strict=True
+                ):
+                    assert_bits_equal(got, want)
+    by_layer = [cache.stats()["used_bytes"] for cache in alone]
+    assert together.stats()["layer_bytes"] == by_layer
+    assert together.stats()["used_bytes"] == sum(by_layer)
+    assert together.stats()["allocated_bytes"] == sum(c.stats()["allocated_bytes"] for c in alone)
+
+
+def test_layers_with_equal_bits_are_packed_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(**BY_LAYER)
+    calls: list[tuple[int, tuple[int, ...]]] = []
+    encode = TurboQuant.encode
+
+    def counting(self: TurboQuant, x: Any, **options: Any) -> Any:
+        calls.append((self.bits, x.shape))
+        return encode(self, x, **options)
+
+    monkeypatch.setattr(TurboQuant, "encode", counting)
+    keys, values = tokens(96, layers=3)
+    sequence = cache.allocate()
+    for i in range(96):  # token 96 sends the page behind the sink away
+        assert not calls
+        step = cache.begin_step([sequence], [1])
+        for layer in range(3):
+            step.append(layer, keys[layer, i : i + 1], values[layer, i : i + 1])
+    pages = (1, 16, 2, 32)
+    assert calls == [(4, (2, *pages)), (3, (2, *pages)), (2, (1, *pages)), (3, (1, *pages))]
+
+
+def test_default_scales() -> None:
+    cache = make_cache(num_layers=8, key_bits=range(1, 9), value_bits=np.arange(1, 9))
+    pairs = zip(cache.key_quantizers, cache.value_quantizers, strict=True)
+    for layer, quantizers in enumerate(pairs):
+        few = layer < 2
+        assert [q.bits for q in quantizers] == [layer + 1] * 2
+        assert [q.config.scale for q in quantizers] == (
+            ["mse", "unbiased"] if few else ["unbiased", "mse"]
+        )
+    with pytest.raises(ValueError, match=r"different quantisers: key_quantizers\[layer\]"):
+        cache.key_quantizer  # noqa: B018
+    assert make_cache(key_bits=[5, 5]).key_quantizer.bits == 5
+
+
+def test_repr_names_the_bits() -> None:
+    assert "key_bits=4, value_bits=2," in repr(make_cache(value_bits=2))
+    by_layer = repr(make_cache(num_layers=3, key_bits=[4, 2, 4], value_bits=(3, 3, 3)))
+    assert "key_bits=2-4 (3.3 on average), value_bits=3," in by_layer
 
 
 def test_windows_stay_in_full_precision() -> None:
@@ -280,6 +364,54 @@ def test_save_and_load(tmp_path: Path, dtype: str) -> None:
         PagedKVCache.load(tmp_path / "cache.npz", num_blocks=1)
 
 
+def test_save_and_load_by_layer(tmp_path: Path) -> None:
+    cache = make_cache(**BY_LAYER)
+    a = cache.allocate()
+    cache.append(a, *tokens(130, layers=3))
+    cache.save(tmp_path / "cache.npz")
+    loaded = PagedKVCache.load(tmp_path / "cache.npz", num_blocks=50)
+    assert [q.bits for q in loaded.key_quantizers] == [4, 2, 4]
+    for layer in range(3):
+        for one, other in zip(loaded.read(a, layer), cache.read(a, layer), strict=True):
+            assert_bits_equal(one, other)
+    packed = [len(np.unique([id(q) for q in group])) for group in (loaded.key_quantizers,)]
+    assert packed == [2]  # layers with equal bits share a quantiser again
+
+
+GOLDEN = Path(__file__).parent / "golden" / "kv_cache"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.glob("*.npz")))
+def test_golden_files_still_load(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(GOLDEN)
+    golden: Any = importlib.import_module("make_golden")
+    monkeypatch.delitem(sys.modules, "make_golden")
+    loaded, expected = PagedKVCache.load(GOLDEN / name), golden.make_cache(name)
+    assert loaded.settings == expected.settings
+    assert loaded.stats() == expected.stats()
+    assert loaded.sequences == expected.sequences
+    for sequence in expected.sequences:
+        for layer in range(golden.LAYERS):
+            for one, other in zip(
+                loaded.read(sequence, layer), expected.read(sequence, layer), strict=True
+            ):
+                assert_bits_equal(one, other)
+
+
+def test_golden_files_of_all_versions_are_there() -> None:
+    versions = {path.name.split("_")[0] for path in GOLDEN.glob("*.npz")}
+    assert versions == {f"v{n}" for n in range(1, FILE_VERSION + 1)}
+
+
+def test_newer_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cache.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr("turboquant_np._kv_files.FILE_VERSION", FILE_VERSION + 1)
+        make_cache().save(path)
+    with pytest.raises(StorageError, match=f"of version {FILE_VERSION + 1}, .* to {FILE_VERSION};"):
+        PagedKVCache.load(path)
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     cache = make_cache()
     a = cache.allocate()
@@ -312,7 +444,13 @@ WRONG_SIZES = [
     (dict(device="tpu"), ValueError, "device must be 'cpu' or 'cuda'"),
     (dict(dtype="int8"), TypeError, "dtype must be one of"),
     (dict(key_bits=9), ValueError, "Supported bit-widths"),
+    (dict(key_bits=[4]), ValueError, "key_bits must be one for all layers or .* of the 2, got 1"),
+    (dict(value_bits=[4, 0]), ValueError, "Supported bit-widths"),
+    (dict(key_bits=(4, 2.5)), TypeError, "bits must be an integer from 1 to 8, got 2.5"),
+    (dict(key_bits="43"), TypeError, "bits must be an integer from 1 to 8, got '43'"),
     (dict(value_quantizer=TurboQuant(head_dim=64)), ValueError, "value_quantizer has head_dim 64"),
+    (dict(key_quantizer=4), TypeError, "key_quantizer must be a TurboQuant or one for each layer"),
+    (dict(key_quantizer=[TurboQuant()] * 3), ValueError, "of the 2, got 3"),
 ]
 
 
@@ -368,16 +506,43 @@ def test_wrong_steps() -> None:
         step.attend(0, np.zeros((10, 4, 32), np.float32))
 
 
+def test_pages_that_go_on_in_full_precision_stay_finite() -> None:
+    """Decoded numbers beyond the largest float16 would be infinite there."""
+    cache = make_cache(num_layers=1, sink_tokens=0, recent_tokens=16, key_bits=2, value_bits=2)
+    x = np.sign(tokens(40, layers=1)[0]) * np.float32(65504)
+    a = cache.allocate()
+    cache.append(a, x, x)
+    assert max(read.max() for read in cache.read(a, 0)) > 65504
+    cache.truncate(a, 10)
+    cache.append(a, x[:, :1], x[:, :1])
+    assert max(read.max() for read in cache.read(a, 0)) == 65504
+
+
+def test_packing_that_failed_before_a_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, expected = make_cache(), make_cache()
+    for each in (cache, expected):
+        each.append(each.allocate(), *tokens(95))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.value_quantizer, "encode", out_of_memory)
+        with pytest.raises(MemoryError):
+            cache.begin_step([0], [1])
+    assert cache.stats() == expected.stats()
+    for each in (cache, expected):
+        each.append(0, *tokens(30, seed=1))
+    for got, want in zip(cache.read(0, 1), expected.read(0, 1), strict=True):
+        assert_bits_equal(got, want)
+
+
+def out_of_memory(*_: Any, **__: Any) -> Any:
+    raise MemoryError
+
+
 def test_packing_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     cache, expected = make_cache(), make_cache()
     for each in (cache, expected):
         steps(each, each.allocate(), tokens(200), 200)
-
-    def encode(*_: Any, **__: Any) -> Any:
-        raise MemoryError
-
     with monkeypatch.context() as patch:
-        patch.setattr(cache.value_quantizer, "encode", encode)
+        patch.setattr(cache.value_quantizer, "encode", out_of_memory)
         with pytest.raises(MemoryError):
             cache.fork(0)
     assert cache.stats() == expected.stats()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,12 @@ def _bfloat16() -> Dtype:
         ) from error
     dtype: Dtype = np.dtype(ml_dtypes.bfloat16)
     return dtype
+
+
+@cache
+def dtype_name(dtype: Dtype) -> str:
+    """dtype.name, which NumPy puts together anew each time."""
+    return dtype.name
 
 
 def take_in(x: Any, name: str) -> tuple[Any, GiveBack]:

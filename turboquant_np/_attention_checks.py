@@ -138,9 +138,7 @@ def check_attention(
         query=_arrays.native(tokens),
         query_len=query_len,
         **{name: x if x is None else _arrays.native(x) for name, x in arrays.items()},
-        scale=_positive(scale, "scale", 1.0 / math.sqrt(q.shape[-1])),
-        logits_soft_cap=_positive(logits_soft_cap, "logits_soft_cap", 0.0),
-        sliding_window=_window(sliding_window),
+        **check_options(q.shape[-1], scale, logits_soft_cap, sliding_window),
         out=result,
         lse=backend.empty(tokens.shape[:-1], _FLOAT32, q),
     )
@@ -158,6 +156,17 @@ def _take(x: Any, name: str, query: Any) -> Any:
 
 def _form(array: Any) -> Any:
     return None if array is None else Form(array.shape, array.dtype, array.strides)
+
+
+def check_options(
+    head_dim: int, scale: float | None, logits_soft_cap: float | None, sliding_window: int | None
+) -> dict[str, Any]:
+    """These fields of an AttentionBatch."""
+    return {
+        "scale": _positive(scale, "scale", 1.0 / math.sqrt(head_dim)),
+        "logits_soft_cap": _positive(logits_soft_cap, "logits_soft_cap", 0.0),
+        "sliding_window": _window(sliding_window),
+    }
 
 
 def _positive(value: float | None, name: str, default: float) -> float:

@@ -83,6 +83,11 @@ class Packing:
     from_full: Moves = field(default_factory=Moves)
     from_new: Moves = field(default_factory=Moves)
 
+    @property
+    def needs_new_tokens(self) -> bool:
+        """Whether anything comes from the new tokens, which every layer brings by itself."""
+        return any(moves.to for moves in (self.from_new, *(n.from_new for n in self.new_offsets)))
+
 
 @dataclass
 class Plan:

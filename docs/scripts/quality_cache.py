@@ -33,6 +33,7 @@ step                       tokens that come at a time, 1 where nothing is said
 renew, value_offset_tokens of `quality_beyond.MoreOffsets`
 ========================== =================================================================
 """
+FEW_BITS = "unbiased to 2 bits"  # a scale: from 3 bits on "mse"
 BESIDE = ("layer_bits", "exact", "step", "renew", "value_offset_tokens")
 
 
@@ -44,22 +45,36 @@ def make_cache(num_blocks: int = 1, num_layers: int = 1, **setting: Any) -> Page
     num_blocks, num_layers : int
     **setting
         Arguments of `PagedKVCache`, and ``key_scale``, ``value_scale``, ``rotation``, ``seed`` of
-        its quantisers, where they differ from the cache's own choice.
+        its quantisers.  Where nothing is said the scale of keys is the cache's own choice, that of
+        values "mse", which was its choice when that was measured; now it is `FEW_BITS`.
     """
     codec = {name: setting.pop(name) for name in ("rotation", "seed") if name in setting}
-    scales = {side: setting.pop(f"{side}_scale", None) for side in ("key", "value")}
+    scales = {
+        "key": setting.pop("key_scale", None),
+        "value": setting.pop("value_scale", "mse"),
+    }
     sizes = dict(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, num_full_blocks=0, max_sequences=1)
     arguments = {**sizes, **setting, "num_layers": num_layers, "num_blocks": num_blocks}
     cache = PagedKVCache(**arguments)
     for side, scale in scales.items():
-        quantizer = getattr(cache, f"{side}_quantizer")
-        arguments[f"{side}_quantizer"] = TurboQuant(
-            head_dim=cache.head_dim,
-            bits=quantizer.bits,
-            scale=scale or quantizer.config.scale,
-            **codec,
-        )
+        own = {
+            quantizer: TurboQuant(
+                head_dim=cache.head_dim,
+                bits=quantizer.bits,
+                scale=scale_of(scale or quantizer.config.scale, quantizer.bits),
+                **codec,
+            )
+            for quantizer in set(getattr(cache, f"{side}_quantizers"))
+        }
+        arguments[f"{side}_quantizer"] = [own[q] for q in getattr(cache, f"{side}_quantizers")]
     return PagedKVCache(**arguments)
+
+
+def scale_of(kind: str, bits: int) -> Any:
+    """A scale of `TurboQuant`, by the bits if it depends on them."""
+    if kind != FEW_BITS:
+        return kind
+    return "unbiased" if bits <= 2 else "mse"
 
 
 def layer_caches(setting: Setting) -> list[PagedKVCache]:

@@ -36,7 +36,15 @@ except ImportError as error:
 __all__ = ["ModelSequence", "PagedCacheMachine"]
 
 Float32s = npt.NDArray[np.float32]
-LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 32
+LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 32
+# Of keys and of values, for all layers or for each; few pairs, as each is a kernel to compile.
+BITS: list[tuple[Any, Any]] = [
+    (4, 4),
+    (3, 2),
+    (8, 5),
+    ([4, 8, 4], [4, 5, 4]),
+    ([3, 3, 8], [2, 2, 5]),
+]
 
 
 @dataclass
@@ -85,9 +93,9 @@ class PagedCacheMachine(RuleBasedStateMachine):
         sink_tokens=st.sampled_from([0, 1, 4, 6]),
         recent_tokens=st.sampled_from([0, 1, 5, 8]),
         key_offset_tokens=st.sampled_from([0, 1, 8]),
-        bits=st.sampled_from([(4, 4), (3, 2), (8, 5)]),
+        bits=st.sampled_from(BITS),
     )
-    def start(self, bits: tuple[int, int], **sizes: Any) -> None:
+    def start(self, bits: tuple[Any, Any], **sizes: Any) -> None:
         self.cache = PagedKVCache(
             LAYERS,
             KV_HEADS,
@@ -302,10 +310,17 @@ class PagedCacheMachine(RuleBasedStateMachine):
     def _coded(self, tokens: Float32s, offset: Float32s | None) -> Float32s:
         """Keys and values after encoding and decoding."""
         shift = np.float32(0) if offset is None else offset[:, None]
-        key, value = self.cache.key_quantizer, self.cache.value_quantizer
-        keys = key.decode(*key.encode(tokens[0] - shift), dtype=np.float32) + shift
-        values = value.decode(*value.encode(tokens[1]), dtype=np.float32)
-        return np.stack([keys, values])
+        coded = [
+            [
+                quantizer.decode(*quantizer.encode(layer), dtype=np.float32)
+                for quantizer, layer in zip(quantizers, side, strict=True)
+            ]
+            for quantizers, side in (
+                (self.cache.key_quantizers, tokens[0] - shift),
+                (self.cache.value_quantizers, tokens[1]),
+            )
+        ]
+        return np.stack([np.stack(coded[0]) + shift, np.stack(coded[1])])
 
     def _resident(self) -> list[int]:
         return sorted(set(self.model) - self.swapped)
