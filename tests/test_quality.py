@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from quality_beyond import MoreOffsets, allocate_bits
+from quality_beyond import MoreOffsets
 from quality_cache import (
+    FEW_BITS,
     KV_HEADS,
     FloatCache,
     Layout,
@@ -21,9 +22,12 @@ from quality_cache import (
 )
 from quality_page import page
 from quality_results import Results, bytes_per_token
+from smollm2.layer_bits import allocate_bits
 from smollm2.loader import find_weights, load_weights
 from smollm2.model import Model
 from smollm2.tokenizer import ChatTokenizer
+
+from turboquant_np import PagedKVCache
 
 BENCHMARKS = Path(__file__).parent.parent / "docs" / "benchmarks"
 HEADS = 9
@@ -72,7 +76,31 @@ def test_all_tokens_at_once_equal_the_cache_step_by_step(
     assert np.abs(result - exact).max() > 0.1  # it is not the float cache
 
 
-def test_with_the_real_model() -> None:
+def test_bits_by_layer_equal_the_cache_step_by_step() -> None:
+    """What is measured as bits by layer is what a cache with such bits does by default."""
+    bits = [(4, 3), (2, 2), (4, 3)]
+    inputs = [attention_inputs(150, seed) for seed in range(3)]
+    caches = [make_cache(key_bits=k, value_bits=v, value_scale=FEW_BITS) for k, v in bits]
+    simulated = SimulatedCache(caches, Layout.make(150), np)
+    key_bits, value_bits = zip(*bits, strict=True)
+    cache = PagedKVCache(
+        3, KV_HEADS, 64, num_blocks=20, max_sequences=1, key_bits=key_bits, value_bits=value_bits
+    )
+    sequence = cache.allocate()
+    outputs: list[list[Any]] = [[], [], []]
+    for i in range(150):
+        step = cache.begin_step([sequence], [1])
+        for layer, (q, k, v) in enumerate(inputs):
+            step.append(layer, k[i : i + 1], v[i : i + 1])
+            outputs[layer].append(step.attend(layer, q[i : i + 1])[0])
+    for layer in range(3):
+        expected = simulated(layer, *inputs[layer])
+        np.testing.assert_allclose(outputs[layer], expected, atol=1e-4)
+    assert cache_bytes(caches, 150) == cache.stats()["used_bytes"]
+
+
+@pytest.mark.parametrize("by_layer", [False, True], ids=["uniform", "by layer"])
+def test_with_the_real_model(by_layer: bool) -> None:
     """Hidden states of a text, token by token through the cache: the same, layer upon layer."""
     pytest.importorskip("gguf")
     pytest.importorskip("tokenizers")
@@ -83,13 +111,21 @@ def test_with_the_real_model() -> None:
     model = Model(load_weights())
     licence = Path(__file__).parent.parent / "LICENSE"
     ids = np.array(ChatTokenizer().encode(licence.read_text("utf-8"))[:80], np.int64)
-    setting = {"key_bits": 3, "value_bits": 3, "recent_tokens": 16}
+    setting: dict[str, Any] = {"recent_tokens": 16}
+    bits: dict[str, Any] = {"key_bits": 3, "value_bits": 3}
+    simulated_bits = bits
+    if by_layer:
+        bits = {"key_bits": [3, 4, 2] * 10, "value_bits": [3, 4, 2] * 10}
+        simulated_bits = {"layer_bits": [(3, 3), (4, 4), (2, 2)] * 10}
     layout = Layout.make(len(ids))
     simulated, exact = (
         model.forward(ids, layout.positions, attend)
-        for attend in (SimulatedCache(layer_caches(setting), layout, np), FloatCache(layout, np))
+        for attend in (
+            SimulatedCache(layer_caches({**setting, **simulated_bits}), layout, np),
+            FloatCache(layout, np),
+        )
     )
-    cache = cache_with_pages(10, num_layers=30, **setting)
+    cache = cache_with_pages(10, num_layers=30, **setting, **bits)
     sequence = cache.allocate()
     states = []
     for i, token in enumerate(ids):
@@ -177,7 +213,7 @@ def test_allocated_bits_are_the_best_ones() -> None:
     def loss(bits: Any) -> float:
         return float((sensitivity * 4.0 ** (2 - np.array(bits))).sum())
 
-    bits = allocate_bits(sensitivity, at_bits=2, mean_bits=3, most=5)
+    bits = allocate_bits(sensitivity, mean_bits=3, most=5)
     assert bits.sum() == 15
     every = itertools.product(range(1, 6), repeat=5)
     assert loss(bits) == pytest.approx(min(loss(b) for b in every if sum(b) == 15))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from smollm2.caches import Cache, make_cache
+from smollm2.command import bits as parse_bits
 from smollm2.command import common_prefix
 from smollm2.generate import Batch, Request
+from smollm2.layer_bits import allocate_bits, log_probabilities, sensitivity
 from smollm2.loader import Config, find_weights, random_weights
 from smollm2.model import Model
 from smollm2.sampling import Sampling, choose
@@ -233,3 +237,44 @@ def test_a_failing_layer_cancels_the_step(model: Model, monkeypatch: pytest.Monk
             batch.step()
     finish(batch)
     assert request.generated == alone(model, PROMPTS[1], 5)
+
+
+# -- bits by layer ---------------------------------------------------------------------------------
+
+
+def test_the_layer_that_matters_most_gets_most_bits(model: Model) -> None:
+    """One layer's keys are made to matter: its attention is sharp, that of the others flat."""
+    layers = []
+    for number, layer in enumerate(model.weights.layers):
+        qkv = layer.qkv.copy()
+        qkv[:, : CONFIG.heads * CONFIG.head_dim] *= 10.0 if number == 1 else 0.01
+        layers.append(replace(layer, qkv=qkv))
+    sharp = Model(replace(model.weights, layers=layers))
+    ids = [int(i) for i in np.random.default_rng(3).integers(0, 90, 200)]
+    lines: list[str] = []
+    found = sensitivity(partial(log_probabilities, sharp, ids), CONFIG.layers, lines.append)
+    assert found.shape == (2, CONFIG.layers)
+    assert found[0].argmax() == 1
+    assert found[0, 1] > 10 * found[0, [0, 2]].max()
+    assert len(lines) == found.size
+    bits = allocate_bits(found, mean_bits=3)
+    assert bits.sum() == 3 * found.size
+    assert bits[0, 1] == bits[0].max()
+
+
+def test_log_probabilities_are_those_of_the_next_tokens(model: Model) -> None:
+    ids = list(range(90))
+    logs = log_probabilities(model, ids, [8] * 3, [8] * 3)
+    hidden = model.forward(np.array(ids), np.arange(90), attend_to_itself)
+    logits = model.logits(hidden).astype(np.float64)
+    want = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(logs, want, atol=0.03)
+
+
+def test_bits_on_the_command_line() -> None:
+    assert parse_bits("4") == 4
+    assert parse_bits("4,3,5") == [4, 3, 5]
+    cache: Any = new_cache("turboquant", key_bits=parse_bits("4,3,5"))
+    assert [q.bits for q in cache.key_quantizers] == [4, 3, 5]
+    with pytest.raises(ValueError, match="one for each of the 3, got 2"):
+        new_cache("turboquant", value_bits=parse_bits("4,3"))

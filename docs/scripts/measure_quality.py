@@ -31,11 +31,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quality_beyond import MoreOffsets, allocate_bits, balanced, energies
-from quality_cache import LAYERS, FloatCache, Layout, Setting, SimulatedCache, layer_caches
+from quality_beyond import MoreOffsets, balanced, energies
+from quality_cache import (
+    FEW_BITS,
+    LAYERS,
+    FloatCache,
+    Layout,
+    Setting,
+    SimulatedCache,
+    layer_caches,
+)
 from quality_texts import Haystack, Ids, load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from smollm2.layer_bits import allocate_bits
 from smollm2.loader import load_weights
 from smollm2.model import Model
 
@@ -317,10 +326,13 @@ def layers(run: Run) -> None:
             setting = {"layer_bits": pairs}
             sensitivity.append(run.text("layers", CALIBRATION, setting, tokens=CALIBRATION_TOKENS))
     for bits in (4, 3, 2):
-        chosen = allocate_bits(np.array(sensitivity), at_bits=2, mean_bits=bits)
+        chosen = allocate_bits(np.array(sensitivity), mean_bits=bits)
         pairs = chosen.reshape(2, LAYERS).T.tolist()
         for name in run.tests:
             run.text(f"by layer, {bits} on average", name, {"layer_bits": pairs})
+            for scale in ("mse", FEW_BITS) if bits < 4 else ():
+                by_scale: Setting = {"layer_bits": pairs, "value_scale": scale}
+                run.text("value scale, 4k", name, by_scale, tokens=CALIBRATION_TOKENS)
 
 
 def value_scale(run: Run) -> None:
@@ -330,6 +342,11 @@ def value_scale(run: Run) -> None:
             for change in ({}, {"value_scale": "unbiased"}):
                 setting = bits_setting(bits, **change)
                 run.text("value scale", name, setting, tokens=CHANGES_TOKENS)
+    for name in TESTS:
+        for bits in ((2, 2), (4, 2)):
+            for scale in ("mse", FEW_BITS):
+                setting = bits_setting(bits, value_scale=scale)
+                run.text("value scale, 4k", name, setting, tokens=CALIBRATION_TOKENS)
 
 
 MORE_OFFSETS: tuple[Setting, ...] = (

@@ -1,7 +1,7 @@
 """What `PagedKVCache` does not do, simulated to see what it would bring.
 
-A calibration text can tell which layers need more bits and which channels more range; and the means
-that are removed before packing can be more, or renewed.
+A calibration text can tell which channels need more range; and the means that are removed before
+packing can be more, or renewed.
 """
 
 from __future__ import annotations
@@ -10,37 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from quality_cache import SimulatedCache
-
-Floats = npt.NDArray[np.float64]
-
-
-def allocate_bits(
-    sensitivity: Floats, *, at_bits: int, mean_bits: float, least: int = 1, most: int = 8
-) -> npt.NDArray[np.int64]:
-    """Bits of each part that make the sum of their KLs least, at a mean number of bits.
-
-    Parameters
-    ----------
-    sensitivity : [parts]
-        KL when that part alone has `at_bits` bits; a quarter of it for each further bit.
-    mean_bits : float
-
-    Returns
-    -------
-    int [parts]
-
-    Examples
-    --------
-    >>> allocate_bits(np.array([16.0, 1.0, 1.0]), at_bits=2, mean_bits=3).tolist()
-    [5, 2, 2]
-    """
-    bits = np.full(len(sensitivity), least)
-    for _ in range(round(len(sensitivity) * (mean_bits - least))):
-        gain = np.where(bits < most, sensitivity * 4.0 ** (at_bits - bits), -np.inf)
-        bits[gain.argmax()] += 1
-    return bits
 
 
 def energies(model: Any, ids: Any, attend: Any) -> list[tuple[Any, Any, Any]]:

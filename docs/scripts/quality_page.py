@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from quality_cache import Setting
+from quality_cache import FEW_BITS, Setting
 from quality_results import BLOCK, CONTEXTS, FLOAT16_BYTES, TESTS, Results, bytes_per_token
 
 TARGET = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -209,6 +209,25 @@ def by_layer(results: Results) -> str:
     return table(["", *(f"loss at {c // 1024}k" for c in CONTEXTS), "bytes at 8k"], rows)
 
 
+def few_bits(results: Results) -> str:
+    """Values of 1 and 2 bits with either scale, bits by layer among them."""
+    kinds: list[tuple[str, Setting]] = [(f"{k}/2", bits((k, 2))) for k in (4, 2)]
+    for mean in (3, 2):
+        (setting,) = results.settings(f"by layer, {mean} on average")
+        kinds.append((f"{mean} on average, by layer", setting))
+    rows = []
+    for name, setting in kinds:
+        row = [name]
+        for context in CONTEXTS[:2]:
+            for scale in ("mse", FEW_BITS):
+                found = {**setting, "value_scale": scale}
+                s = results.at_context("value scale, 4k", found, context, TESTS)
+                row.append(f"{percent(s.loss)} ± {100 * s.loss_error:.2f} (KL {s.kl:.4f})")
+        rows.append([*row, *(f"{bytes_per_token(setting, c):,.0f}" for c in CONTEXTS[::2])])
+    head = [f'"{scale}", at {c}' for c in ("2k", "4k") for scale in ("mse", "unbiased")]
+    return table(["", *head, "bytes at 2k", "bytes at 8k"], rows)
+
+
 def needles(results: Results) -> str:
     """Share of numbers found, all depths together."""
     lengths = sorted({record["tokens"] for record in results.needles})
@@ -255,6 +274,7 @@ def page(results: Results, template: str) -> str:
         "value scale": changes(
             results, "value scale", 0, SHORT, TESTS[1:], ((3, 3), (4, 2), (2, 2))
         ),
+        "few bits": few_bits(results),
         "codec table": codec_table(results),
         "layers": by_layer(results),
         "more offsets": changes(results, "more offsets", LONGEST // 2, LONGEST, TESTS),

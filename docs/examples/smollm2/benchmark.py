@@ -68,7 +68,10 @@ def time_decoding(model: Model, cache: Cache, context: int, count: int) -> dict[
 
 def print_benchmark(model: Model, options: argparse.Namespace) -> None:
     """A row for each cache, context and batch."""
-    bits = f"{options.key_bits}/{options.value_bits}"
+    bits = "/".join(
+        f"{np.mean(b):.2g} by layer" if isinstance(b, list) else str(b)
+        for b in (options.key_bits, options.value_bits)
+    )
     print("| cache | context | batch | ms a step | tokens/s | bytes a token | cache in MB |")
     print("|-|-|-|-|-|-|-|")
     for kind in ("float", "turboquant"):

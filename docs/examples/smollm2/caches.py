@@ -6,6 +6,7 @@ Both have the same few methods, so the loop does not know which one it has.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,8 +54,8 @@ def make_cache(
     max_sequences: int,
     max_tokens: int,
     step_tokens: int = 256,
-    key_bits: int = 4,
-    value_bits: int = 4,
+    key_bits: int | Sequence[int] = 4,
+    value_bits: int | Sequence[int] = 4,
     device: str = "cpu",
     dtype: Any = "float32",
 ) -> Cache:
@@ -66,7 +67,7 @@ def make_cache(
     kind : {"turboquant", "float"}
     step_tokens : int
         New tokens of a step at most: they are in full precision until it is over.
-    key_bits, value_bits : int
+    key_bits, value_bits : int, or one for each layer
         Of "turboquant".
     device : {"cpu", "cuda"}
     dtype : dtype-like

@@ -15,6 +15,7 @@ import numpy as np
 from .benchmark import print_benchmark
 from .caches import Cache, make_cache
 from .generate import Batch, Request
+from .layer_bits import print_layer_bits
 from .loader import load_weights, random_weights
 from .model import Model
 from .sampling import Sampling
@@ -35,8 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-batch", type=int, default=8, metavar="N", help="prompts at a time (%(default)s)")
     add("--prefill-chunk", type=int, default=256, metavar="N", help="tokens (%(default)s)")
     add("--cache", choices=["turboquant", "float"], default="turboquant")
-    add("--key-bits", type=int, default=4, choices=range(1, 9), metavar="BITS")
-    add("--value-bits", type=int, default=4, choices=range(1, 9), metavar="BITS")
+    for side in ("key", "value"):
+        add(f"--{side}-bits", type=bits, default=4, help="4, or of each layer: 4,3,3,...")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--dtype", choices=["float32", "float16"], help="float32 on a CPU, float16 on a GPU")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
@@ -47,15 +48,26 @@ def make_parser() -> argparse.ArgumentParser:
     add("--benchmark", action="store_true", help="time decoding instead of answering")
     add("--contexts", type=int, nargs="+", default=[1024, 8192], metavar="N", help="to time")
     add("--batches", type=int, nargs="+", default=[1, 16], metavar="N", help="to time")
+    add("--choose-bits", type=float, metavar="MEAN", help="bits for each layer, from --text")
+    add("--text", metavar="PATH", help="a text to choose bits by")
+    add("--text-tokens", type=int, default=512, metavar="N", help="of it (%(default)s)")
     return parser
+
+
+def bits(text: str) -> int | list[int]:
+    """One number for all layers, or one for each."""
+    numbers = [int(number) for number in text.split(",")]
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    if not options.prompt and not options.benchmark:
-        parser.error("give --prompt TEXT, once or several times, or --benchmark")
+    if not options.prompt and not options.benchmark and options.choose_bits is None:
+        parser.error("give --prompt TEXT, once or several times, --choose-bits or --benchmark")
+    if options.choose_bits is not None and not (options.text and 1 <= options.choose_bits <= 8):
+        parser.error("--choose-bits takes a mean from 1 to 8, and --text a text to read")
     if options.random_weights and not options.benchmark:
         parser.error("random weights have no tokenizer: --random-weights goes with --benchmark")
     if min(options.max_tokens, options.max_batch, options.prefill_chunk) < 1:
@@ -64,9 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = load_model(options)
         if options.benchmark:
             print_benchmark(model, options)
+        elif options.choose_bits is not None:
+            print_layer_bits(model, options)
         else:
             answer(model, options)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"smollm2: {error}", file=sys.stderr)
         return 1
     return 0
