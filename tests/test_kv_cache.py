@@ -13,6 +13,7 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from turboquant_np import TurboQuant
+from turboquant_np._arrays import widen
 from turboquant_np._kv_files import FILE_VERSION
 from turboquant_np._pages import PagePool
 from turboquant_np.kv_cache import OutOfPagesError, PagedKVCache
@@ -548,3 +549,10 @@ def test_packing_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert cache.stats() == expected.stats()
     for got, want in zip(cache.read(0, 1), expected.read(0, 1), strict=True):
         assert_bits_equal(got, want)
+
+
+def test_float16_is_widened_exactly() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    assert_bits_equal(widen(finite), finite.astype(np.float32))
+    assert_bits_equal(widen(finite[::-3]), finite[::-3].astype(np.float32))

@@ -134,10 +134,13 @@ def check_attention(
         result = backend.empty(tokens.shape, tokens.dtype.newbyteorder("="), q)
     else:
         result = take_in_out(out, q.shape, (q.dtype.name,), "out", q).reshape(tokens.shape)
+    native: dict[str, Any] = {
+        name: x if x is None else _arrays.native(x) for name, x in arrays.items()
+    }
     batch = AttentionBatch(
         query=_arrays.native(tokens),
         query_len=query_len,
-        **{name: x if x is None else _arrays.native(x) for name, x in arrays.items()},
+        **native,
         **check_options(q.shape[-1], scale, logits_soft_cap, sliding_window),
         out=result,
         lse=backend.empty(tokens.shape[:-1], _FLOAT32, q),

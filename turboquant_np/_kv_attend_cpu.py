@@ -40,7 +40,7 @@ class CpuAttention:
     """
 
     def __init__(self, cache: PagedKVCache, states: list[Sequence], lens: list[int]) -> None:
-        self.tables = PackedTables(cache, states, lens)
+        self.tables = PackedTables(cache, states, lens, np.int64)
         size = cache._windows.block_size
         self.windows = [
             _window(size, states, lens, self.tables, length) for length in sorted(set(lens) - {0})

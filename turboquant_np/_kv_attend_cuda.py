@@ -25,7 +25,7 @@ class CudaAttention:
     """
 
     def __init__(self, cache: PagedKVCache, states: list[Sequence], lens: list[int]) -> None:
-        host = PackedTables(cache, states, lens)
+        host = PackedTables(cache, states, lens, np.int32)
         self.xp, self.lens = cache._xp, lens
         (
             self.block_tables,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import _arrays
 from ._backend import array_module
 
 if TYPE_CHECKING:
@@ -188,16 +189,20 @@ def _as_tokens(pool: Any) -> Any:
 
 def _gather(slots: Any, new: Any, from_full: TokenMoves, from_new: TokenMoves) -> Any:
     """float32 [L, tokens, kv_heads, head_dim] out of full-precision pages and new tokens."""
+    old = _take(slots, from_full.source)
     if not from_new.size and from_full.in_order:
-        return slots[..., from_full.source, :, :].astype(np.float32)
-    count = from_full.size + from_new.size
-    shape = (*slots.shape[:-3], count, *slots.shape[-2:])
+        return _arrays.widen(old) if old.dtype != np.float32 else old.copy()
+    shape = (*slots.shape[:-3], from_full.size + from_new.size, *slots.shape[-2:])
     tokens = array_module(slots).empty(shape, np.float32)
-    if from_full.size:
-        tokens[..., from_full.to, :, :] = slots[..., from_full.source, :, :]
+    tokens[..., from_full.to, :, :] = old
     if from_new.size:
         tokens[from_new.to] = new[from_new.source]
     return tokens
+
+
+def _take(tokens: Any, index: Any) -> Any:
+    """Some of [..., tokens, kv_heads, head_dim]; an index array at that place turns axes around."""
+    return tokens[..., index, :, :] if isinstance(index, slice) else tokens.take(index, axis=-3)
 
 
 def allocate_groups(

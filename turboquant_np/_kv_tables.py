@@ -20,18 +20,27 @@ Int32s = npt.NDArray[np.int32]
 class PackedTables:
     """Page tables of the packed pages of S sequences, in host memory.
 
+    Parameters
+    ----------
+    cache : PagedKVCache
+    states : list of Sequence
+    lens : list of int, query tokens of each
+    dtype : int32 or int64, what a backend works with
+
     Attributes
     ----------
-    block_tables : int32 [S, most packed pages of a sequence]
-    context_lens : int32 [S], packed tokens
-    query_start_loc : int32 [S + 1]
-    query_positions : int32 [S], of the first query tokens, counted from the first packed token
-    positions : int32 [S], of the first query tokens in the sequences
-    offset_slots : int32 [S], slots of the key offsets
+    block_tables : [S, most packed pages of a sequence]
+    context_lens : [S], packed tokens
+    query_start_loc : [S + 1]
+    query_positions : [S], of the first query tokens, counted from the first packed token
+    positions : [S], of the first query tokens in the sequences
+    offset_slots : [S], slots of the key offsets
     any_packed, any_offset : bool
     """
 
-    def __init__(self, cache: PagedKVCache, states: list[Sequence], lens: list[int]) -> None:
+    def __init__(
+        self, cache: PagedKVCache, states: list[Sequence], lens: list[int], dtype: Any
+    ) -> None:
         size = cache._windows.block_size
         blocks = [[page.number for page in s.pages if not page.full] for s in states]
         first = [next((i for i, page in enumerate(s.pages) if not page.full), 0) for s in states]
@@ -42,15 +51,14 @@ class PackedTables:
         none = len(cache._offsets.references)  # the slot that stays zero
         slots = [none if s.offset is None else s.offset for s in states]
         self.any_packed, self.any_offset = any(blocks), any(slot != none for slot in slots)
-        self.block_tables = np.zeros((len(states), max(map(len, blocks), default=0)), np.int32)
+        self.block_tables = np.zeros((len(states), max(map(len, blocks), default=0)), dtype)
         for row, numbers in zip(self.block_tables, blocks, strict=True):
             row[: len(numbers)] = numbers
-        self.context_lens = np.array(packed, np.int32)
-        self.query_start_loc = np.cumsum([0, *lens], dtype=np.int32)
-        lengths = np.array([s.length for s in states], np.int32)
-        self.positions = lengths - np.array(lens, np.int32)
-        self.query_positions = self.positions - np.array(first, np.int32) * np.int32(size)
-        self.offset_slots = np.array(slots, np.int32)
+        self.context_lens = np.array(packed, dtype)
+        self.query_start_loc = np.cumsum([0, *lens], dtype=dtype)
+        self.positions = np.array([s.length for s in states], dtype) - np.array(lens, dtype)
+        self.query_positions = self.positions - np.array(first, dtype) * size
+        self.offset_slots = np.array(slots, dtype)
 
 
 def to_device(xp: Any, tables: Iterable[Int32s]) -> list[Any]:
