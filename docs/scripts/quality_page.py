@@ -211,18 +211,26 @@ def by_layer(results: Results) -> str:
 
 def few_bits(results: Results) -> str:
     """Values of 1 and 2 bits with either scale, bits by layer among them."""
-    kinds: list[tuple[str, Setting]] = [(f"{k}/2", bits((k, 2))) for k in (4, 2)]
+    kinds: list[tuple[str, str, Setting]] = [
+        (f"{k}/2", "value scale, 4k", bits((k, 2))) for k in (4, 2)
+    ]
     for mean in (3, 2):
         (setting,) = results.settings(f"by layer, {mean} on average")
-        kinds.append((f"{mean} on average, by layer", setting))
+        kinds.append((f"{mean} on average, by layer", "value scale, 4k", setting))
+    experiment = "bits by the example"
+    (setting,) = results.settings(experiment)
+    kinds.append(("3 on average, by 512 tokens", experiment, setting))
     rows = []
-    for name, setting in kinds:
+    for name, experiment, setting in kinds:
         row = [name]
         for context in CONTEXTS[:2]:
             for scale in ("mse", FEW_BITS):
                 found = {**setting, "value_scale": scale}
-                s = results.at_context("value scale, 4k", found, context, TESTS)
-                row.append(f"{percent(s.loss)} ± {100 * s.loss_error:.2f} (KL {s.kl:.4f})")
+                if results.records(experiment, found):
+                    s = results.at_context(experiment, found, context, TESTS)
+                    row.append(f"{percent(s.loss)} ± {100 * s.loss_error:.2f} (KL {s.kl:.4f})")
+                else:
+                    row.append("")
         rows.append([*row, *(f"{bytes_per_token(setting, c):,.0f}" for c in CONTEXTS[::2])])
     head = [f'"{scale}", at {c}' for c in ("2k", "4k") for scale in ("mse", "unbiased")]
     return table(["", *head, "bytes at 2k", "bytes at 8k"], rows)
