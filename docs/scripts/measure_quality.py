@@ -347,6 +347,9 @@ def value_scale(run: Run) -> None:
             for scale in ("mse", FEW_BITS):
                 setting = bits_setting(bits, value_scale=scale)
                 run.text("value scale, 4k", name, setting, tokens=CALIBRATION_TOKENS)
+        for bits in ((4, 3), (3, 3), (5, 3)):
+            setting = bits_setting(bits, value_scale="unbiased")
+            run.text("value scale, 4k", name, setting, tokens=CALIBRATION_TOKENS)
 
 
 MORE_OFFSETS: tuple[Setting, ...] = (

@@ -236,6 +236,22 @@ def few_bits(results: Results) -> str:
     return table(["", *head, "bytes at 2k", "bytes at 8k"], rows)
 
 
+def three_bits(results: Results) -> str:
+    """Values of 3 bits with either scale, on the tokens that both experiments have."""
+    rows = []
+    for key_bits in (3, 4, 5):
+        pair = bits((key_bits, 3))
+        row = [f"{key_bits}/3"]
+        for experiment, setting in (
+            ("bits", pair),
+            ("value scale, 4k", {**pair, "value_scale": "unbiased"}),
+        ):
+            s = results.summary(results.records(experiment, setting, TESTS), 0, CODEC_TOKENS)
+            row.append(f"{percent(s.loss)} ± {100 * s.loss_error:.2f} (KL {s.kl:.5f})")
+        rows.append([*row, *(f"{bytes_per_token(pair, c):,.0f}" for c in CONTEXTS[::2])])
+    return table(["", '"mse"', '"unbiased"', "bytes at 2k", "bytes at 8k"], rows)
+
+
 def needles(results: Results) -> str:
     """Share of numbers found, all depths together."""
     lengths = sorted({record["tokens"] for record in results.needles})
@@ -283,6 +299,7 @@ def page(results: Results, template: str) -> str:
             results, "value scale", 0, SHORT, TESTS[1:], ((3, 3), (4, 2), (2, 2))
         ),
         "few bits": few_bits(results),
+        "three bits": three_bits(results),
         "codec table": codec_table(results),
         "layers": by_layer(results),
         "more offsets": changes(results, "more offsets", LONGEST // 2, LONGEST, TESTS),
