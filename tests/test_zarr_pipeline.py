@@ -6,6 +6,8 @@ That it stores and reads the same bits as the usual one is tested in test_zarr.p
 from __future__ import annotations
 
 import asyncio
+import gc
+import mmap
 import pickle
 import threading
 import time
@@ -172,6 +174,40 @@ def test_a_place_of_the_callers(x: Any, decoded: Any) -> None:
     whole = np.full(SHAPE, np.nan, np.float32)
     array.get_basic_selection(out=NDBuffer(whole))
     assert_bits_equal(whole, np.concatenate([decoded[:60], np.zeros((40, 64), np.float32)]))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="the system zeroes pages it gives")
+def test_large_results_lie_in_memory_of_earlier_ones() -> None:
+    with zarr_pipeline.enable():
+        array = create(shape=(20_000, 64), chunks=(10_000, 64))
+        first = array[:]
+        address = first.ctypes.data
+        del first
+        gc.collect()
+        again = array[:]
+        assert again.ctypes.data == address
+        assert not again.any()
+        again[:] = 1
+        other = array[:]  # `again` is still in use
+        assert again.all()
+        assert not other.any()
+
+
+@pytest.mark.parametrize("dtype", ["i2", "bool", "c16", "datetime64[s]"])
+def test_results_of_other_dtypes(dtype: str) -> None:
+    values = np.zeros((5, 3), dtype)
+    with zarr_pipeline.enable():
+        array = zarr.create_array(zarr.storage.MemoryStore(), data=values, chunks=(2, 3))
+        assert_bits_equal(array[:], values)
+
+
+def test_buffers_that_are_configured_stay() -> None:
+    usual = zarr.config.get("ndbuffer")
+    with zarr_pipeline.enable():
+        assert zarr.config.get("ndbuffer") != usual
+    with zarr.config.set({"ndbuffer": "zarr.buffer.gpu.NDBuffer"}), zarr_pipeline.enable():
+        assert zarr.config.get("ndbuffer") == "zarr.buffer.gpu.NDBuffer"
+    assert zarr.config.get("ndbuffer") == usual
 
 
 # -- on which threads ------------------------------------------------------------------------------

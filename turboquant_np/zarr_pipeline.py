@@ -15,9 +15,10 @@ from ._extras import missing_extra
 try:
     import zarr
     from zarr.abc.store import SupportsSyncStore
+    from zarr.core.buffer import cpu
     from zarr.core.codec_pipeline import BatchedCodecPipeline
     from zarr.core.common import concurrent_map
-    from zarr.registry import register_pipeline
+    from zarr.registry import register_ndbuffer, register_pipeline
 
     from ._zarr_threads import in_threads
     from .zarr import TurboQuantCodec, is_rows
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from zarr.core.array_spec import ArraySpec
     from zarr.core.buffer import NDBuffer
 
-__all__ = ["TurboQuantPipeline", "enable"]
+__all__ = ["ReusedNDBuffer", "TurboQuantPipeline", "enable"]
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,27 @@ def _is_sync(batch: list[Any]) -> bool:
     return isinstance(store, SupportsSyncStore) and getattr(store, "_supports_sync_io", True)
 
 
+class ReusedNDBuffer(cpu.NDBuffer):  # type: ignore[misc]
+    """Zarr's array on a CPU; a large result lies in memory that earlier ones have left.
+
+    Otherwise the system zeroes every page of it, which takes as long as decoding.
+    """
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: Any, order: str = "C") -> Any:
+        """An uninitialised array."""
+        from .backends.cpu import empty  # here because it imports Numba
+
+        if order != "C" or np.dtype(dtype).kind not in "biufc":
+            return super().empty(shape, dtype, order)
+        return cls(empty(tuple(shape), np.dtype(dtype), None))
+
+
 def enable() -> Any:
     """Let arrays that are created or opened from now on use `TurboQuantPipeline`.
+
+    Results of reading are `ReusedNDBuffer` for as long, unless other buffers are configured (those
+    of a GPU).
 
     Returns
     -------
@@ -138,8 +158,15 @@ def enable() -> Any:
     >>> z[:500].shape
     (500, 64)
     """
-    name = f"{TurboQuantPipeline.__module__}.{TurboQuantPipeline.__qualname__}"
-    return zarr.config.set({"codec_pipeline.path": name})
+    settings = {"codec_pipeline.path": _path(TurboQuantPipeline)}
+    if zarr.config.get("ndbuffer") == zarr.config.defaults[0]["ndbuffer"]:
+        settings["ndbuffer"] = _path(ReusedNDBuffer)
+    return zarr.config.set(settings)
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 register_pipeline(TurboQuantPipeline)
+register_ndbuffer(ReusedNDBuffer)

@@ -145,13 +145,15 @@ def zarr_passes(x: Any, folder: Path) -> Iterator[tuple[tuple[str, str], tuple[A
                     compressors=None,
                 )
 
-            def write(parts: Any = parts, array: Any = array) -> None:
-                for p in parts:
-                    array[p] = x[p]
+            def write(parts: Any = parts, array: Any = array, pipeline: Any = pipeline) -> None:
+                with pipeline():
+                    for p in parts:
+                        array[p] = x[p]
 
-            def read(parts: Any = parts, array: Any = array) -> None:
-                for p in parts:
-                    array[p]
+            def read(parts: Any = parts, array: Any = array, pipeline: Any = pipeline) -> None:
+                with pipeline():
+                    for p in parts:
+                        array[p]
 
             yield (name, way), (write, read)
 
