@@ -195,7 +195,9 @@ class Columns:
         shares = max(1, turns // count)  # of a vector
         share = max(CACHE_LINE, ITEM_SIZE[self.plan.dtype] * self.plan.dim // shares)
         number = s.b.udiv(s.times(turn, many), s.int64(shares))
-        offset = s.times(s.b.urem(turn, s.int64(shares)), share)
+        # the last byte of each piece that is as long as a line: where vectors straddle lines, the
+        # first line has been fetched with what came before
+        offset = s.at(s.times(s.b.urem(turn, s.int64(shares)), share), CACHE_LINE - 1)
         base = s.at(s.b.add(vectors, s.b.mul(number, pitch)), offset)
         for k in range(many):
             s.prefetch(s.b.add(base, s.times(pitch, k)), share, write=self.writes)

@@ -32,13 +32,14 @@ class BatchEncoder:
         self.s, self.plan, self.a = s, plan, a
         self.memory = Columns(s, plan, a, a.source_pitch)
         self.gain = header_value(s, a.tables, GAIN)
-        self.quantizer = Quantizer(s, a.tables, plan.bits, plan.cells)
+        shift = 32 - plan.bits if s.target.has_funnel else 0
+        self.quantizer = Quantizer(s, a.tables, plan.bits, plan.cells, shift)
         self.row_bytes = packed_bytes(plan.dim, plan.bits)
 
     def emit(self, first: Value) -> None:
         """Encode the `width` vectors from number `first` on."""
         s, b, memory = self.s, self.s.b, self.memory
-        per_word = memory.codes_per_word
+        per_word, bits = memory.codes_per_word, self.plan.bits
         self._load_rows(first)
         norm = s.load(s.floats, memory.norms)
         is_zero = b.fcmp_ordered("==", norm, s.const_f(0.0))
@@ -50,8 +51,12 @@ class BatchEncoder:
                 code = self.quantizer(b.fmul(x, factor))
                 place = s.times(s.at(word, k * distance // per_word), memory.size)
                 # what was there before is shifted out, or stays above the codes
-                so_far = b.shl(s.load(s.ints, memory.words, place), s.const_i(self.plan.bits))
-                s.store(b.add(so_far, code), memory.words, place)
+                so_far = s.load(s.ints, memory.words, place)
+                if s.target.has_funnel:
+                    longer = s.funnel(so_far, code, bits)
+                else:
+                    longer = b.add(b.shl(so_far, s.const_i(bits)), code)
+                s.store(longer, memory.words, place)
 
         after = s.at(first, s.width)
         memory.rotate(s.at(self.a.source, b.mul(after, self.a.source_pitch)), quantise)

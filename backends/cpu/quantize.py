@@ -132,13 +132,17 @@ def values_table(s: Simd, tables: Value, bits: int) -> Table:
 
 
 class Quantizer:
-    """Emits the counting; loads its tables where it is made, so make it outside of loops."""
+    """Emits the counting; loads its tables where it is made, so make it outside of loops.
 
-    def __init__(self, s: Simd, tables: Value, bits: int, cells: int) -> None:
+    shift : of codes to the left, for nothing with "count" and "grid"; "search" has none
+    """
+
+    def __init__(self, s: Simd, tables: Value, bits: int, cells: int, shift: int = 0) -> None:
         self.s, self.bits, self.cells = s, bits, cells
         self.method = method_for(s.target, bits)
+        self.shift = s.const_i(shift) if shift else None
         # from memory, because LLVM turns a constant 1 behind a mask into two instructions
-        self.one = s.as_ints(header_value(s, tables, ONE))
+        self.one = self._shifted(s.as_ints(header_value(s, tables, ONE)))
         if self.method == "count":
             start = _section(s, tables, bits, 1, 0)
             count = (1 << bits) - 1
@@ -151,6 +155,8 @@ class Quantizer:
             length = max(SHORTEST_TABLE, cells)
             self.inside = Table(s, _section(s, tables, bits, 1, length), cells)
             self.below = Table(s, _section(s, tables, bits, 2, length), cells)
+            below = [self._shifted(s.as_ints(table)) for table in self.below.registers]
+            self.below.registers = [s.as_floats(table) for table in below]
             self.low, self.high, self.scale = (
                 header_value(s, tables, field) for field in (GRID_LOW, GRID_HIGH, GRID_SCALE)
             )
@@ -171,7 +177,13 @@ class Quantizer:
         clamped = s.minimum(s.maximum(z, self.low), self.high)  # NaN becomes low
         magic = s.const_f(MAGIC + self.cells // 2)
         cell = s.as_ints(s.multiply_add(clamped, self.scale, magic))
-        return s.b.add(self.below.ints(cell), self._exceeds(z, self.inside(cell)))
+        below = self.below.ints(cell)
+        if not self.below.registers:
+            below = self._shifted(below)
+        return s.b.add(below, self._exceeds(z, self.inside(cell)))
+
+    def _shifted(self, code: Register) -> Register:
+        return code if self.shift is None else self.s.b.shl(code, self.shift)
 
     def _exceeds(self, z: Register, bound: Register) -> Register:
         exceeds = self.s.b.fcmp_ordered(">", z, bound)

@@ -44,6 +44,11 @@ define <4 x float> @fused(<4 x float> %a, <4 x float> %b, <4 x float> %c) {
   ret <4 x float> %r
 }
 declare <4 x float> @llvm.fma.v4f32(<4 x float>, <4 x float>, <4 x float>)
+define <16 x i32> @funnel(<16 x i32> %a, <16 x i32> %b) {
+  %r = call <16 x i32> @llvm.fshl.v16i32(<16 x i32> %a, <16 x i32> %b, <16 x i32> splat (i32 4))
+  ret <16 x i32> %r
+}
+declare <16 x i32> @llvm.fshl.v16i32(<16 x i32>, <16 x i32>, <16 x i32>)
 define <4 x float> @extend(<4 x half> %a) {
   %r = fpext <4 x half> %a to <4 x float>
   ret <4 x float> %r
@@ -62,6 +67,7 @@ class Target:
     has_fma: bool
     has_half: bool
     has_pause: bool
+    has_funnel: bool  # a shift across two registers in one instruction
 
 
 @cache
@@ -79,7 +85,7 @@ def target() -> Target:
         level, width, registers = "generic", 4, 16
     has_fma = any(name in assembly for name in ("vfmadd", "fmla"))
     has_half = any(name in assembly for name in ("vcvtph2ps", "fcvtl"))
-    return Target(cpu, level, width, registers, has_fma, has_half, x86)
+    return Target(cpu, level, width, registers, has_fma, has_half, x86, "vpshldd" in assembly)
 
 
 def vector(of: Any, lanes: int) -> Any:
@@ -257,6 +263,11 @@ class Simd:
         if self.target.has_fma:
             return self.call(f"llvm.fma.v{self.width}f32", a.type, a, b, c)
         return self.b.fadd(self.b.fmul(a, b), c)
+
+    def funnel(self, word: Register, other: Register, bits: int) -> Register:
+        """word << bits, with the upper bits of `other` below."""
+        name = f"llvm.fshl.v{self.width}i32"
+        return self.call(name, self.ints, word, other, self.const_i(bits))
 
     def maximum(self, a: Register, b: Register) -> Register:
         """The larger one; b if a is NaN."""
