@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from .attend import in_blocks_of_rows
-from .attend_call import CALL, SCORE_BYTES, UNIT, Fields, Scratch, row_bytes, row_registers
+from .attend_call import CALL, OFFSETS, SCORE_BYTES, UNIT, Fields, Scratch, row_bytes, row_registers
 from .attend_units import Place, gather_norms, places_of
 from .int8_layout import (
     OFFSET,
@@ -34,8 +34,9 @@ from .int8_layout import (
     rounded_centroids,
 )
 from .kernels import Arguments, Plan
+from .packing import packed_bytes
 from .quantize import MAGIC
-from .simd import F32, I1, I8, I32, Register, Simd, Value, vector
+from .simd import F32, I1, I8, I32, I64, Register, Simd, Value, vector
 from .softmax import LOWEST_POWER, State, across, state_floats, tanh, variable
 from .tile import TILE, Address
 from .transpose import unzip
@@ -121,12 +122,54 @@ def attend_head_int8(s: Simd, plan: Plan, a: Arguments, place: Place) -> None:
     s.outlined("norms", gather_norms, a.source, h, here, scratch.norms)
     where = (a.source, h, here, place.ahead, a.scratch)
     s.outlined("columns", partial(_write_columns, plan), *where)
-    s.outlined("scores", partial(_scores, plan), a.scratch, rows, place.query)
+    s.outlined("scores", partial(_scores, plan), rows, place.query, *where)
     softmax = (place.query, place.states, place.outputs, a.scratch)
     s.outlined(
         "softmax", partial(_softmax, plan), a.source, place.unit.address, h, place.first, *softmax
     )
     s.outlined("outputs", partial(_outputs, plan), rows, place.outputs, *where)
+
+
+class Ahead:
+    """Brings packed vectors of the next tile nearer, evenly over the time, in the order of memory.
+
+    Then the processor sees where it goes on and fetches by itself: more lines can be on their way
+    than a program can ask for.  In STEPS steps each head of this tile asks for four heads of a
+    token a step; where their number is no multiple of four, some tokens are left to the processor.
+    """
+
+    STEPS = 16
+    HEADS = TILE // STEPS  # of a token in each step
+
+    def __init__(
+        self, plan: Plan, s: Simd, side: str, call_address: Value, head: Value, ahead: Value
+    ) -> None:
+        b, call = s.b, Fields(s, call_address, CALL)
+        self.s, self.heads = s, call["kv_heads"]
+        self.size = packed_bytes(plan.dim, plan.bits if side == "key" else plan.value_bits)
+        self.base, self.pitch = call[f"{side}_codes"], call[f"{side}_head"]
+        self.offset, self.head = cgutils.alloca_once(b, I64), cgutils.alloca_once(b, I64)
+        per_token = b.udiv(s.at(self.heads, self.HEADS - 1), s.int64(self.HEADS))
+        done = s.times(head, self.STEPS)
+        token = b.udiv(done, per_token)
+        offsets = s.at(ahead, 8 * TILE * OFFSETS.index(f"{side}_codes"))
+        b.store(s.at(offsets, s.times(token, 8)), self.offset)
+        self.last = s.at(offsets, 8 * (TILE - 1))
+        b.store(s.times(b.sub(done, b.mul(token, per_token)), self.HEADS), self.head)
+
+    def step(self) -> None:
+        s, b = self.s, self.s.b
+        offset, head = b.load(self.offset), b.load(self.head)
+        start = s.at(s.at(self.base, s.load(I64, offset)), b.mul(head, self.pitch))
+        for _ in range(self.HEADS):
+            s.prefetch(start, self.size, level=2)
+            start = s.at(start, self.pitch)
+        following = s.at(head, self.HEADS)
+        turned = b.icmp_unsigned(">=", following, self.heads)
+        b.store(b.select(turned, s.int64(0), following), self.head)
+        following = s.at(offset, s.times(b.zext(turned, I64), 8))
+        inside = b.icmp_unsigned("<", following, self.last)
+        b.store(b.select(inside, following, self.last), self.offset)
 
 
 # -- fields ----------------------------------------------------------------------------------------
@@ -219,15 +262,11 @@ def _write_columns(
     scratch: Value,
 ) -> None:
     """Dwords of fields of the tile's keys, those of 16 tokens side by side."""
-    packed, coming = (
-        places_of(s, "key_codes", call_address, head, tokens) for tokens in (here, ahead)
-    )
+    packed = places_of(s, "key_codes", call_address, head, here)
     columns = Scratch(s, plan, scratch).tile
     with s.loop(TILE // LANES) as i:
         target = s.at(columns, s.times(i, 4 * LANES))
         tokens = [s.at(s.times(i, LANES), j) for j in range(LANES)]
-        for token in tokens:
-            s.prefetch(coming(token), plan.dim * plan.bits // 8, level=2)
         addresses = [packed(token) for token in tokens]
         for chunk in chunks(plan.dim, plan.bits):
             dwords = chunk.size // 4
@@ -253,7 +292,19 @@ def _transpose(s: Simd, registers: list[Register]) -> list[Register]:
     return result
 
 
-def _scores(plan: Plan, s: Simd, scratch: Value, rows: Value, query: Value) -> None:
+def _scores(
+    plan: Plan,
+    s: Simd,
+    rows: Value,
+    query: Value,
+    call_address: Value,
+    head: Value,
+    here: Value,
+    ahead: Value,
+    scratch: Value,
+) -> None:
+    """Sums of products of each row and each key."""
+    coming = Ahead(plan, s, "key", call_address, head, ahead)
     columns, scores = Scratch(s, plan, scratch).tile, Rows(s, plan, scratch)
     pitch, shape = row_bytes(s, plan), query_of(plan)
     tables = ByteTables(s, plan.dim, plan.bits, OFFSET)
@@ -268,6 +319,8 @@ def _scores(plan: Plan, s: Simd, scratch: Value, rows: Value, query: Value) -> N
             for r in range(count)
         ]
         with s.loop(dwords) as dword:
+            for _ in range(Ahead.STEPS // dwords):
+                coming.step()
             column = s.at(columns, s.times(dword, 4 * TILE))
             at = s.at(queries, s.times(dword, 4 * len(codes)))
             centroids = [tables(s.load(BYTES, column, REGISTER * t), codes) for t in registers]
@@ -450,19 +503,16 @@ def _outputs(
     scratch: Value,
 ) -> None:
     """Add a tile's weighted values to the outputs."""
-    packed, coming = (
-        places_of(s, "value_codes", call_address, head, tokens) for tokens in (here, ahead)
-    )
+    packed = places_of(s, "value_codes", call_address, head, here)
+    coming = Ahead(plan, s, "value", call_address, head, ahead)
     scores, pitch = Rows(s, plan, scratch), row_bytes(s, plan)
-    with s.loop(TILE) as token:
-        s.prefetch(coming(token), plan.dim * plan.value_bits // 8, level=2)
 
     def block(row: Value, count: int) -> None:
         at = s.at(outputs, s.times(row, pitch))
         weights, place = scores[row], 0
         for chunk in chunks(plan.dim, plan.value_bits):
             for parts, codes in _portions(plan, chunk, count):
-                _add_values(s, plan, chunk, parts, codes, packed, weights, count, at, place)
+                _add_values(s, plan, chunk, parts, codes, packed, coming, weights, count, at, place)
             place += chunk.size // LANES * len(places(plan.value_bits))
 
     in_blocks_of_rows(s, rows, block)
@@ -488,6 +538,7 @@ def _add_values(
     parts: range,
     codes: range,
     packed: Address,
+    coming: Ahead,
     weights: Value,
     rows: int,
     outputs: Value,
@@ -506,6 +557,9 @@ def _add_values(
         dwords = s.at(weights, s.at(s.times(turn, 16), Rows.WEIGHTS))
         for quad in range(0, 4, together):
             quads = range(quad, quad + together)
+            if chunk.start == parts.start == codes.start == 0:
+                for _ in quads:
+                    coming.step()
             w = [
                 [s.splat(s.load(I32, dwords, SCORE_BYTES * r + 4 * q)) for q in quads]
                 for r in range(rows)
