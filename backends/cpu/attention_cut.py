@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 ROWS_PER_UNIT = 64  # at most, unless one query token has more heads than that
-SHORT_CHUNK, LONG_CHUNK = 256, 1024  # tokens of a unit: if one unit holds all rows, and else
+SHORT_CHUNK, LONG_CHUNK = 512, 1024  # tokens of a unit: if one unit holds all rows, and else
 MOST_CHUNKS = 128
 
 Ints = npt.NDArray[np.int64]

@@ -299,7 +299,7 @@ class Table:
         self.s = s
         self.address = address
         self.entries = entries
-        held = {"avx512": 64, "avx2": 16, "generic": 0}[s.target.level]
+        held = {"avx512": 128, "avx2": 16, "generic": 0}[s.target.level]
         count = max(1, entries // s.width) if entries <= held else 0
         self.registers = [s.load(s.floats, address, 4 * s.width * i) for i in range(count)]
 
@@ -317,11 +317,13 @@ class Table:
         else:
             parts = [self._permute_one(part, index) for part in parts]
             bit = 3
-        if len(parts) == 1:
-            return parts[0]
         b, s = self.s.b, self.s
-        upper = b.icmp_signed("<", b.shl(index, s.const_i(31 - bit)), s.const_i(0))
-        return b.select(upper, parts[1], parts[0])
+        while len(parts) > 1:
+            upper = b.icmp_signed("<", b.shl(index, s.const_i(31 - bit)), s.const_i(0))
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            parts = [b.select(upper, high, low) for low, high in pairs]
+            bit += 1
+        return parts[0]
 
     def ints(self, index: Register) -> Register:
         return self.s.as_ints(self(index))
