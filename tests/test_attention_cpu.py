@@ -7,6 +7,8 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
+import warnings
 from typing import Any
 
 import numpy as np
@@ -86,6 +88,58 @@ def test_scores_that_rise_all_the_time(step: float) -> None:
     check(shape, arguments, heads)
 
 
+def test_calls_at_once_and_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever helps whom, and whether helpers sleep or wait for the next call."""
+    monkeypatch.setenv("TURBOQUANT_NP_NUM_THREADS", "1")
+    shape = (64, 4, 4, 4)
+    calls = [problem(*shape, context=context) for context in (3000, 2000, 1500)]
+    want = [attend("cpu", shape, *call) for call in calls]
+    monkeypatch.setenv("TURBOQUANT_NP_NUM_THREADS", "3")
+    wrong = []
+
+    def work(number: int) -> None:
+        for turn in range(30):
+            found = attend("cpu", shape, *calls[number])
+            if not all((x == y).all() for x, y in zip(found, want[number], strict=True)):
+                wrong.append((number, turn))
+
+    for together in (1, 3):
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(together)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_works_in_a_forked_child() -> None:
+    """Also while helpers of the parent wait for its next call."""
+    environment = {**os.environ, "TURBOQUANT_NP_NUM_THREADS": "3"}
+    result = subprocess.run(
+        [sys.executable, __file__, "fork"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.split() == ["0"]
+
+
+def fork_and_attend() -> None:
+    shape = (64, 4, 4, 4)
+    call = problem(*shape, context=3000)
+    want = attend("cpu", shape, *call)
+    warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads
+    child = os.fork()
+    if child == 0:
+        found = attend("cpu", shape, *call)
+        os._exit(0 if all((x == y).all() for x, y in zip(found, want, strict=True)) else 3)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_nothing_is_read_behind_the_cache(shape: tuple[int, int, int, int]) -> None:
@@ -113,7 +167,9 @@ def ends_at_a_guard(like: npt.NDArray[Any], maps: list[mmap.mmap]) -> npt.NDArra
     return result
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:] == ["fork"]:
+    fork_and_attend()
+elif __name__ == "__main__":
     for one in SHAPES:
         check(one, *problem(*one))
     backend: Any = _backend.load("cpu")

@@ -17,6 +17,7 @@ from .attend_int8 import attend_head_int8
 from .attend_rows import merge_rows, rotate_rows
 from .attend_units import attend_head, attend_unit
 from .kernels import Arguments, Plan
+from .linger import emit_hire, emit_wait
 from .simd import I32, I64, Simd, Value
 
 PATIENCE = 1000  # looks at what others have done, before the CPU is offered to them each time
@@ -69,9 +70,13 @@ class Tasks:
 def emit_attend(s: Simd, plan: Plan, a: Arguments) -> None:
     """Do tasks of the call at a.source until all are claimed, and if a.parameter is 1, finished.
 
+    First, a.scales of the threads that wait at a.rows boxes from a.target on are hired.  In the
+    end this thread waits at the box a.exponents, if that isn't 0.
+
     a.tables holds the tables of the keys, a.signs those of the values.
     """
     b, call = s.b, Fields(s, a.source, CALL)
+    emit_hire(s, a.target, a.rows, a.scales)
     units_from = call["rotations"]
     merges_from = b.add(units_from, call["units"])
     every_task = b.add(merges_from, call["merges"])
@@ -110,3 +115,5 @@ def emit_attend(s: Simd, plan: Plan, a: Arguments) -> None:
     b.position_at_end(end)
     with b.if_then(b.icmp_signed("!=", a.parameter, s.int64(0))):
         tasks.wait_for(every_task)
+    with b.if_then(b.icmp_signed("!=", a.exponents, s.int64(0))):
+        emit_wait(s, a.exponents)

@@ -22,7 +22,7 @@ from .kernels import Plan
 from .memory import Memory
 from .simd import target
 from .softmax import state_floats
-from .threads import helpers_worth, lend
+from .threads import NO_LOAN, Loan, helpers_worth, lend, own_box, take_back
 from .tile import registers_of, value_order
 
 MOST_PARTS = 4  # of a unit's key/value heads
@@ -68,21 +68,24 @@ def attend(prepared: Prepared, batch: AttentionBatch) -> None:
     call, in_use = _call(batch, prepared, work, query, out, helpers)
     size = attend_scratch_bytes(prepared.plan, work.cut.most_rows, target().width)
 
-    def take_part(to_the_end: bool) -> int:
+    def take_part(loan: Loan, stay: int, box: int) -> int:
         _, (scratch,) = _scratch.take(size)
         tables = prepared.key_tables, prepared.value_tables
-        return prepared.attend(call, 0, 0, 0, 0, *tables, int(to_the_end), scratch, 0)
+        first, count, wanted = loan
+        return prepared.attend(call, 0, first, wanted, count, *tables, stay, scratch, box)
 
     def help_out(in_use: Any = in_use) -> None:
         """In another thread, which keeps all memory that the call needs."""
-        take_part(to_the_end=False)
+        take_part(NO_LOAN, 0, own_box())
 
-    lend(help_out, helpers)
+    loan = lend(help_out, helpers)
     try:
-        check_status(take_part(to_the_end=True))
+        check_status(take_part(loan, 1, 0))
     except RuntimeError:
         _results.forget()  # helpers may still write there
         raise
+    finally:
+        take_back()
     if out is not batch.out:
         batch.out[...] = out
 

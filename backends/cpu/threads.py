@@ -11,13 +11,19 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from queue import SimpleQueue
+from typing import NamedTuple
+
+from .linger import WAITS, boxes
+from .simd import CACHE_LINE
 
 ENVIRONMENT_VARIABLE = "TURBOQUANT_NP_NUM_THREADS"
 GRAIN = 1 << 16  # elements below which a piece of work isn't worth a thread
 PIECES_PER_THREAD = 4
+MOST_LINGERING = 64  # threads
 
 Task = Callable[[int, int], None]
 
@@ -86,13 +92,47 @@ def helpers_worth(elements: int) -> int:
     return min(num_threads(), elements // GRAIN) - 1
 
 
-def lend(work: Callable[[], None], helpers: int) -> None:
-    """Have other threads call `work` as well.
+class Loan(NamedTuple):
+    """Threads that wait to be hired by a kernel, see linger.emit_hire."""
 
-    Nobody waits for them, so they may come when all is done.
+    first_box: int  # its address
+    box_count: int
+    wanted: int
+
+
+NO_LOAN = Loan(0, 0, 0)
+
+
+def lend(work: Callable[[], None], helpers: int) -> Loan:
+    """Have other threads call `work` as well: some that sleep, and those that a kernel hires.
+
+    Nobody waits for them, so they may come when all is done.  End with `take_back`.
     """
-    if helpers:
-        _pool.submit([_Helper(work) for _ in range(helpers)])
+    if not helpers:
+        return NO_LOAN
+    return _pool.lend(_Volunteer(work), helpers)
+
+
+def own_box() -> int:
+    """Address of the box where this thread may wait to be hired; 0 if it has none."""
+    box: int = getattr(_in_worker, "box", 0)
+    return box
+
+
+def take_back() -> None:
+    """Forget the work that was lent out last."""
+    _pool.posted = None
+
+
+class _Volunteer:
+    """Calls a function that need not be called; who looks for more such work afterwards."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+
+    def __call__(self) -> None:
+        with suppress(Exception):  # memory, perhaps; others do the work
+            self._work()
 
 
 class _Helper:
@@ -127,6 +167,9 @@ class _Pool:
     def __init__(self) -> None:
         self._queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock, self._size = threading.Lock(), 0
+        self._boxes = boxes(MOST_LINGERING)
+        self._first_box = int(self._boxes.__array_interface__["data"][0])
+        self.posted: _Volunteer | None = None  # for those who are hired
 
     def submit(self, calls: Sequence[Callable[[], None]]) -> None:
         """Have each called by some thread; without threads (while Python ends) by none."""
@@ -136,21 +179,38 @@ class _Pool:
             for call in calls:
                 self._queue.put(call)
 
+    def lend(self, work: _Volunteer, helpers: int) -> Loan:
+        count = min(self._size, MOST_LINGERING)
+        waiting = min(self._boxes[:count, 0].tolist().count(WAITS), helpers)
+        if waiting:
+            self.posted = work
+        if waiting < helpers:
+            self.submit([work] * (helpers - waiting))
+        return Loan(self._first_box, count, waiting)
+
     def _grow(self, size: int) -> None:
         with self._lock:
             while self._size < size:
-                thread = threading.Thread(target=self._serve, name="turboquant_np", daemon=True)
+                serve = partial(self._serve, self._size)
+                thread = threading.Thread(target=serve, name="turboquant_np", daemon=True)
                 try:
                     thread.start()
                 except RuntimeError:  # no more threads: callers do the work
                     return
                 self._size += 1
 
-    def _serve(self) -> None:
+    def _serve(self, number: int) -> None:
+        call: Callable[[], None] | None = None
+        if number < MOST_LINGERING:
+            _in_worker.box = self._first_box + CACHE_LINE * number
         while True:
-            call = self._queue.get()
+            if call is None:
+                call = self._queue.get()
             call()
-            del call  # and with it the memory it keeps
+            call = None  # and with it the memory it keeps
+            if number < MOST_LINGERING and self._boxes[number, 1]:
+                self._boxes[number, 1] = 0
+                call = self.posted
 
 
 def _start_anew() -> None:
