@@ -13,6 +13,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from turboquant_np import TurboQuant
 from turboquant_np._arrays import widen
+from turboquant_np._kv_attend_cuda import CudaAttention
 from turboquant_np._kv_files import FILE_VERSION
 from turboquant_np._pages import PagePool
 from turboquant_np.kv_cache import OutOfPagesError, PagedKVCache
@@ -547,6 +548,38 @@ def test_packing_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert cache.stats() == expected.stats()
     for got, want in zip(cache.read(0, 1), expected.read(0, 1), strict=True):
         assert_bits_equal(got, want)
+
+
+def test_tables_of_a_gpu_say_where_every_token_is() -> None:
+    """What CudaAttention hands to the kernels, looked at in host memory."""
+    cache = make_cache(num_layers=1, sink_tokens=20, recent_tokens=20)
+    keys, values = tokens(150, layers=1)
+    counts = [150, 5, 0, 33]
+    sequences = [cache.allocate() for _ in counts]
+    for sequence, count in zip(sequences, counts, strict=True):
+        cache.append(sequence, keys[:, :count], values[:, :count])
+    lens = [3, 0, 0, 2]
+    states = [cache._sequences[s] for s in sequences]
+    tables = CudaAttention(cache, states, lens)
+    memory = cache._layers[0]
+    for s, count in enumerate(counts):
+        found = np.full((count, 2, 32), np.nan, np.float32)
+        held = [
+            (n, p)
+            for n, p in zip(tables.full_pages[s], tables.full_positions[s], strict=True)
+            if p >= 0
+        ]
+        for number, position in held:
+            part = memory.k_full[number][: count - position]
+            found[position : position + len(part)] = part
+        first = tables.query_positions[s] - tables.packed_query_positions[s]
+        for j in range(-(-tables.context_lens[s] // 16)):
+            start = first + 16 * j
+            page = memory.decode_page(tables.block_tables[s, j], tables.offset_slots[s])[0]
+            found[start : start + 16] = page[: count - start]
+        assert_bits_equal(found, cache.read(sequences[s], 0)[0])
+    assert tables.query_start_loc.tolist() == [0, 3, 3, 3, 5]
+    assert tables.query_positions.tolist() == [147, 5, 0, 31]
 
 
 def test_float16_is_widened_exactly() -> None:

@@ -202,7 +202,9 @@ def _gather(slots: Any, new: Any, from_full: TokenMoves, from_new: TokenMoves) -
 
 def _take(tokens: Any, index: Any) -> Any:
     """Some of [..., tokens, kv_heads, head_dim]; an index array at that place turns axes around."""
-    return tokens[..., index, :, :] if isinstance(index, slice) else tokens.take(index, axis=-3)
+    if isinstance(index, slice):
+        return tokens[..., index, :, :]
+    return tokens.take(index, axis=tokens.ndim - 3)
 
 
 def allocate_groups(
