@@ -419,7 +419,7 @@ def copy_bandwidth(stream: Any) -> float:
         stop.record(stream)
         stop.synchronize()
         times.append(cupy.cuda.get_elapsed_time(start, stop))
-    return float(2 * a.nbytes) / statistics.median(times) * 1e3
+    return float(2 * a.nbytes / statistics.median(times) * 1e3)
 
 
 def check_graph(stream: Any) -> bool:
