@@ -18,7 +18,7 @@ attention: Any = importlib.import_module("turboquant_np.backends.cuda.attention"
 KERNEL = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.DOTALL
 )
-WALK_BYTES = 192  # what attention_split may keep in memory between token ranges
+WALK_BYTES = 192  # what a kernel may keep in memory between token ranges
 
 
 def plan_of(
@@ -28,18 +28,21 @@ def plan_of(
     *,
     bulk_copies: bool,
     query_len: int = 1,
+    num_seqs: int = 4,
     dense: bool = False,
+    head_major: bool = False,
 ) -> Plan:
-    """The plan of a decoding step over C-contiguous pages."""
+    """The plan of a decoding step over pages stored [token][head] or [head][token]."""
     k, v = (TurboQuant(head_dim=head_dim, bits=b)._spec for b in bits)
     heads = 8
 
     def layout(size: int) -> Layout:
-        return Layout(0, block_size * heads * size, heads * size, size)
+        token, head = (size, block_size * size) if head_major else (heads * size, size)
+        return Layout(0, block_size * heads * size, token, head)
 
     shapes = Shapes(
-        num_tokens=4 * query_len,
-        num_seqs=4,
+        num_tokens=num_seqs * query_len,
+        num_seqs=num_seqs,
         query_len=query_len,
         num_kv_heads=heads,
         group=4,
@@ -86,6 +89,14 @@ def spills_and_registers(plan: Plan, arch: int) -> dict[str, tuple[int, int]]:
         ((4, 2), 128, 4, False),
         ((3, 3), 128, 8, False),
         ((3, 3), 64, 1, False),
+        ((5, 5), 128, 1, False),
+        ((6, 6), 128, 1, False),
+        ((7, 5), 128, 1, True),
+        ((5, 6), 64, 1, False),
+        ((4, 4), 64, 8, False),
+        ((2, 2), 256, 1, False),
+        ((4, 4), 256, 1, False),
+        ((6, 4), 256, 4, False),
     ],
 )
 def test_pages_kernel_does_not_spill(
@@ -95,6 +106,28 @@ def test_pages_kernel_does_not_spill(
     assert plan.kernel == "attention_pages"
     spill, registers = spills_and_registers(plan, 90)["attention_pages"]
     assert spill == 0
+    assert registers * plan.threads <= 65536
+
+
+@pytest.mark.parametrize(
+    ("key_bits", "query_len", "dense", "most"),
+    [(4, 8, False, WALK_BYTES), (6, 8, True, WALK_BYTES), (4, 4, False, 0), (3, 3, True, 0)],
+)
+def test_wide_kernel_spills_little(key_bits: int, query_len: int, dense: bool, most: int) -> None:
+    plan = plan_of(
+        (key_bits, 4),
+        128,
+        16,
+        bulk_copies=True,
+        query_len=query_len,
+        num_seqs=16,
+        dense=dense,
+        head_major=True,
+    )
+    assert plan.kernel == "attention_wide"
+    assert plan.fused == (not dense)
+    spill, registers = spills_and_registers(plan, 90)["attention_wide"]
+    assert spill <= most
     assert registers * plan.threads <= 65536
 
 

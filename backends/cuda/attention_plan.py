@@ -19,17 +19,21 @@ SPLIT_UNIT = 64  # tokens that a block of attention_split handles at once
 SPLIT_THREADS = 128
 
 PAGE = 16  # tokens of one copy of attention_pages
-PAGES_HEAD_DIMS = {64, 128}
-PAGES_BITS = {2, 3, 4, 8}
+PAGES_BITS = {64: {2, 3, 4, 5, 6, 8}, 128: {2, 3, 4, 5, 6, 7, 8}, 256: {2, 3, 4, 5, 6, 7, 8}}
+HEAD_MAJOR_BLOCKS = (16, 32, 64)  # tokens
 PAGES_HEADS = 8  # kv heads of a block
 PAGES_ROW_TILES = (1, 2, 4)  # of 8 query rows each, that read a page together
 PAGES_MOST_ROWS = 64  # query rows of a sequence; each tile reads the pages again
 PAGES_THREADS, PAGES_MOST_THREADS = 288, 384
+MOST_SUMS = 512  # row tiles times head_dim, whose sums fit the registers of a warp
+WIDE_HEADS, WIDE_PAGES = 4, 4  # kv heads of a block of attention_wide, pages that it takes at once
+WIDE_THREADS = 640
+WIDE_MERGED_ROWS = 64  # output rows that its warps merge at a time
 FEW_SEQUENCES = 128  # that attention_pages can plan by itself
 PAGES_SHARED_BYTES = 231424  # the most a block may have, less 1 KB
 
 MERGE_WARPS = 8  # of a block of attention_merge
-MERGE_PASSES = 2  # of the blocks of attention_pages; more output rows get a launch of their own
+MERGED_ROWS = 32  # that a block of attention_pages merges at a time; more get a launch of their own
 LEAST_PARTS = 4  # of an output row that a warp of attention_merge takes
 SCRATCH_SHARE = 0.018  # of a long packed cache; with more, there are half as many parts
 MANY_TOKENS = 65536
@@ -162,20 +166,25 @@ def make_plan(
             SPLIT_TILE_ROWS,
             dense,
         )
-    tiles = row_tiles(key, value, shapes)
-    fused = (
-        not dense
-        and shapes.wide_query
-        and tiles == 1
-        and shapes.num_seqs <= FEW_SEQUENCES
-        and shapes.num_query_rows <= MERGE_PASSES * MERGE_WARPS * num_sms
+    may_fuse = (
+        not dense and shapes.wide_query and key.head_dim <= 128 and shapes.num_seqs <= FEW_SEQUENCES
     )
-    macros |= {
-        "ROW_TILES": tiles,
-        "FUSED": int(fused),
-        "HEAD_MAJOR": int(order == "head"),
-        "NUM_SMEM": PAGES_SHARED_BYTES,
-    }
+    macros |= {"HEAD_MAJOR": int(order == "head"), "NUM_SMEM": PAGES_SHARED_BYTES}
+    tiles = wide_tiles(key, value, shapes) if order == "head" else 0
+    if tiles:
+        groups = shapes.num_kv_heads // WIDE_HEADS
+        items = max_items(shapes, 8 * tiles)
+        fused = (
+            may_fuse
+            and num_sms // groups < 2 * LEAST_PARTS * items  # few parts of an output row
+            and shapes.num_query_rows <= 2 * WIDE_MERGED_ROWS * num_sms
+        )
+        macros |= {"WIDE": 1, "ROW_TILES": tiles, "FUSED": int(fused)}
+        macros |= {"HEADS": WIDE_HEADS, "SHARES": WIDE_PAGES, "SUB": 1, "UNIT": PAGE * WIDE_PAGES}
+        return _plan("attention_wide", macros, shapes, groups, num_sms, 8 * tiles, dense)
+    tiles = row_tiles(key, value, shapes)
+    fused = may_fuse and tiles == 1 and shapes.num_query_rows <= MERGED_ROWS * num_sms
+    macros |= {"ROW_TILES": tiles, "FUSED": int(fused)}
 
     def plan(heads: int) -> Plan:
         shares = PAGES_HEADS // heads
@@ -185,12 +194,17 @@ def make_plan(
         groups = shapes.num_kv_heads // heads
         return _plan("attention_pages", variant, shapes, groups, num_sms, 8 * tiles, dense)
 
-    whole = plan(min(shapes.num_kv_heads, PAGES_HEADS))
+    heads = min(shapes.num_kv_heads, PAGES_HEADS)
+    if order == "head":  # a stage is whole blocks
+        of_block = shapes.block_size // PAGE
+        while pages_per_warp(key, value, tiles) * (PAGES_HEADS // heads) % of_block:
+            heads //= 2
+    whole = plan(heads)
     tokens = shapes.num_seqs * shapes.max_blocks * shapes.block_size
     cache_bytes = tokens * shapes.num_kv_heads * (key.packed_dim + value.packed_dim + 8)
     if (
         order == "head"
-        and shapes.num_kv_heads % PAGES_HEADS == 0
+        and heads == PAGES_HEADS
         and tokens >= MANY_TOKENS
         and whole.scratch_bytes > SCRATCH_SHARE * cache_bytes
     ):
@@ -208,11 +222,14 @@ def _plan(
     dense: bool,
 ) -> Plan:
     """Cut the tokens into ranges for `blocks` blocks."""
-    pages, fused = kernel == "attention_pages", bool(macros.get("FUSED"))
+    wide, fused = kernel == "attention_wide", bool(macros.get("FUSED"))
+    pages = wide or kernel == "attention_pages"
     threads = PAGES_THREADS if pages else SPLIT_THREADS
     options: tuple[str, ...] = ("-std=c++17",)
-    if macros.get("ROW_TILES") == PAGES_ROW_TILES[-1]:  # warps hand registers to each other
-        threads, options = PAGES_MOST_THREADS, ("-arch=sm_90a", *options)
+    if wide or (pages and (macros["ROW_TILES"] > 2 or macros["D"] > 128)):
+        # Warps hand registers to each other.
+        threads = WIDE_THREADS if wide else PAGES_MOST_THREADS
+        options = ("-arch=sm_90a", *options)
     rows = (shapes.query_len or shapes.num_tokens) * shapes.group
     tile_rows = max(1, min(most_rows, rows))
     items = max_items(shapes, tile_rows)
@@ -228,7 +245,7 @@ def _plan(
     while warps > 1 and (parts < LEAST_PARTS * warps or shapes.num_query_rows * warps > at_once):
         warps //= 2
     return Plan(
-        "attention_pages.cu" if pages else "attention.cu",
+        f"{kernel}.cu" if pages else "attention.cu",
         kernel,
         macros,
         options,
@@ -269,17 +286,17 @@ def scratch_layout(
 def page_order(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> str | None:
     """Memory order "head" or "token" of pages that kernels/attention_pages can read, else None.
 
-    It wants head_dim 64 or 128, no soft cap, few query rows, and 16 tokens of all heads of a block
-    of threads in one piece: [head][token] in blocks of 16, or [token][head].
+    It wants head_dim 64, 128 or 256, no soft cap, few query rows, and 16 tokens of all heads of a
+    block of threads in one piece: [head][token] in blocks of 16, 32 or 64, or [token][head].
     """
     heads = shapes.num_kv_heads
     if (
-        key.head_dim not in PAGES_HEAD_DIMS
-        or not {key.bits, value.bits} <= PAGES_BITS
+        not {key.bits, value.bits} <= PAGES_BITS.get(key.head_dim, set())
         or shapes.soft_cap
         or shapes.rows_per_seq > PAGES_MOST_ROWS
         or shapes.block_size % PAGE
         or (PAGES_HEADS % heads and heads % PAGES_HEADS)
+        or stages(key, value, 1, 1) < 2
     ):
         return None
     arrays = (
@@ -294,8 +311,8 @@ def page_order(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> str | None:
         a.token == heads * size and (heads == 1 or a.head == size) for a, size in arrays
     ):
         return "token"
-    if shapes.block_size == PAGE and all(
-        a.token == size and a.head == PAGE * size for a, size in arrays
+    if shapes.block_size in HEAD_MAJOR_BLOCKS and all(
+        a.token == size and a.head == shapes.block_size * size for a, size in arrays
     ):
         return "head"
     return None
@@ -303,19 +320,50 @@ def page_order(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> str | None:
 
 def row_tiles(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> int:
     """Tiles of 8 query rows that read a page together: as many as needed, if memory is left."""
-    page_bytes = PAGE * PAGES_HEADS * (key.packed_dim + value.packed_dim + 8)
-    tables = 131072 if 3 in (key.bits, value.bits) else 65536
-    memory = PAGES_SHARED_BYTES - tables - 512 - 2 * page_bytes  # two stages of a page each
-    of_tile = 8 * (16 * key.head_dim + 128)  # TileRows of 8 warps
-    fitting = [n for n in PAGES_ROW_TILES if n * of_tile <= memory]
+    most = MOST_SUMS // key.head_dim
+    fitting = [
+        n
+        for n in PAGES_ROW_TILES
+        if n <= most and stages(key, value, n, pages_per_warp(key, value, n)) > 1
+    ]
     return next((n for n in fitting if 8 * n >= shapes.rows_per_seq), fitting[-1])
+
+
+def stages(key: CodecSpec, value: CodecSpec, tiles: int, pages: int) -> int:
+    """Stages of `pages` pages of 8 heads that fit the ring of attention_pages."""
+    rows = PAGES_HEADS * tiles * (16 * key.head_dim + 128)  # TileRows of each warp
+    return (_ring_bytes(key, value) - rows) // (pages * _page_bytes(key, value, PAGES_HEADS))
+
+
+def wide_tiles(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> int:
+    """Tiles of 8 query rows of attention_wide, or 0 if it is not for these shapes."""
+    rows, heads = shapes.rows_per_seq, shapes.num_kv_heads
+    if rows <= 8 or key.head_dim != 128 or value.bits != 4 or heads % WIDE_HEADS:
+        return 0
+    tiles = 2 if rows <= 16 else 4
+    of_head = tiles * (16 * key.head_dim + 1312) + 64  # WideRows
+    ring = _ring_bytes(key, value) - WIDE_HEADS * of_head
+    return tiles if ring >= 2 * WIDE_PAGES * _page_bytes(key, value, WIDE_HEADS) else 0
+
+
+def _ring_bytes(key: CodecSpec, value: CodecSpec) -> int:
+    """Shared memory for the ring of pages and for the query rows."""
+    tables = 131072 if 3 in (key.bits, value.bits) else 65536
+    return PAGES_SHARED_BYTES - tables - 512 - (16 * FEW_SEQUENCES + 128)  # barriers, work list
+
+
+def _page_bytes(key: CodecSpec, value: CodecSpec, heads: int) -> int:
+    return PAGE * heads * (key.packed_dim + value.packed_dim + 8)
 
 
 def pages_per_warp(key: CodecSpec, value: CodecSpec, tiles: int) -> int:
     """Pages that a warp of attention_pages takes at once: as many as its registers hold."""
     widest = max(key.bits, value.bits)
-    pages = 1 if tiles > 1 or widest == 8 else 4 if widest == 2 else 2
-    return min(4, pages * 128 // key.head_dim)
+    pages = 1 if tiles > 1 or widest > 6 else 4 if widest == 2 else 2
+    pages = max(1, min(4, pages * 128 // key.head_dim))
+    while pages > 1 and stages(key, value, tiles, pages) < 2:
+        pages //= 2
+    return pages
 
 
 def window_rows(rows_of_a_sequence: int) -> int:

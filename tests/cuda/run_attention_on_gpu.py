@@ -137,7 +137,7 @@ def _settings_of(quantizer: TurboQuant, backend: str) -> dict[str, Any]:
 def draw_variant(rng: np.random.Generator, pages: bool) -> dict[str, Any]:
     """What decides which kernels are compiled, but for the odd float64 query."""
     if pages:
-        bits = rng.choice([2, 3, 4, 8], 2)
+        bits = rng.choice([2, 3, 4, 4, 5, 6, 7, 8], 2)
         heads = int(rng.choice([1, 2, 4, 8, 16]))
         head_major = bool(heads == 16 or rng.integers(2))
         group, query_len = [(1, 1), (3, 1), (4, 1), (8, 1), (4, 3), (2, 8), (4, 8), (16, 4)][
@@ -148,10 +148,10 @@ def draw_variant(rng: np.random.Generator, pages: bool) -> dict[str, Any]:
             "query_len": query_len,
             "rotations": ["hadamard", str(rng.choice(["hadamard", "hadamard", "haar"]))],
             "ragged": query_len > 1 and bool(rng.integers(2)),
-            "head_dim": int(rng.choice([64, 128])),
+            "head_dim": int(rng.choice([64, 128, 128, 256])),
             "k_bits": int(bits[0]),
             "v_bits": int(bits[rng.integers(2)]),
-            "block_size": 16 if head_major else int(rng.choice([16, 32, 64])),
+            "block_size": int(rng.choice([16, 16, 32, 64])),
             "kv_heads": heads,
             "head_major": head_major,
         }
@@ -284,8 +284,8 @@ class Step:
         pool_bytes: float = 1.5e9,
         query_len: int = 1,
         rotation: str = "hadamard",
+        page: int = 16,
     ) -> None:
-        page = 16
         random = cupy.random.default_rng(1)
         self.quantizers = [
             TurboQuant(head_dim=head_dim, bits=b, seed=s, rotation=rotation)
@@ -507,6 +507,9 @@ def main() -> None:
             base = {"bits": (4, 4), "batch": 32, "context": 8192, "group": 4}
             timed += [
                 {**base, "head_major": False},
+                {**base, "page": 32},
+                {**base, "page": 32, "bits": (8, 8)},
+                {**base, "batch": 128, "context": 2048},
                 {**base, "bits": (4, 2)},
                 {**base, "rotation": "haar"},
                 {**base, "query_len": 2},
@@ -515,9 +518,13 @@ def main() -> None:
                 *({**base, "head_dim": 64, "bits": (b, b)} for b in (4, 3, 2, 8)),
                 {**base, "head_dim": 64, "batch": 1},
                 {**base, "head_dim": 64, "query_len": 8},
-                {**base, "head_dim": 256},
-                {**base, "bits": (5, 5)},
-                {**base, "bits": (6, 6)},
+                *({**base, "head_dim": 256, "bits": (b, b)} for b in (4, 3, 2)),
+                *({**base, "bits": (b, b)} for b in (5, 6, 7)),
+                {**base, "bits": (5, 5), "batch": 64, "context": 2048},
+                {**base, "query_len": 16},
+                {**base, "query_len": 8, "bits": (2, 2)},
+                {**base, "query_len": 8, "rotation": "haar"},
+                {**base, "query_len": 8, "batch": 1, "context": 131072},
                 {**base, "kv_heads": 1, "batch": 256},
             ]
         report["times"] = []

@@ -8,7 +8,13 @@
 #define MERGE_WARPS 8
 #define MERGE_BARRIER 1                // of these warps
 #define FOURS ((O_PITCH + 127) / 128)  // of dims a lane
-#define AT_ONCE (24 / FOURS)           // parts that are loaded before the first is used
+// Parts that are loaded before the first is used.  Within attention_pages a row has many of them; a
+// kernel of its own runs more warps at a time with fewer registers.
+#if defined(FUSED) && FUSED
+#define AT_ONCE (24 / FOURS)
+#else
+#define AT_ONCE (8 / FOURS)
+#endif
 
 struct MergeSpace {                // shared memory of a block
   float sums[MERGE_WARPS][O_PITCH];

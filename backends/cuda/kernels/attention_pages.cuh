@@ -1,5 +1,5 @@
-// attention_pages: partial attention over token ranges for head_dim 64 and 128, codes of 2, 3, 4 or 8
-// bits and pages that are contiguous in memory; compute capability 9.0, with ROW_TILES 4 9.0a.
+// attention_pages: partial attention over token ranges for head_dim 64, 128 and 256, codes of 2 bits
+// and more and pages that are contiguous in memory; compute capability 9.0, with ROW_TILES 4 9.0a.
 //
 //   S^T = K Q^T    (A = dequantised K: 16 tokens x 16 dims,   B = Q: 16 dims x 8 query rows)
 //   O^T = V^T P^T  (A = dequantised V^T: 16 dims x 16 tokens, B = P^T: 16 tokens x 8 query rows)
@@ -18,81 +18,14 @@
 // HEAD_MAJOR (a page is [head][token], else [token][head]), UNIT = 16 SUB SHARES, NUM_SMEM (bytes),
 // ROW_TILES (1, 2 or 4), FUSED (up to FEW_SEQUENCES sequences, Hadamard rotations).
 #pragma once
-#include "attention_merge.cuh"
-#include "attention_tile.cuh"
+#include "attention_merge_rows.cuh"
+#include "attention_ring.cuh"
 
-#define WORKING_THREADS (32 * (CONSUMERS + 1))
-#define REGISTERS_MOVED (ROW_TILES > 2)  // from the producer's group of warps to the consumers
-#define PAGES_THREADS (REGISTERS_MOVED ? 32 * (CONSUMERS + 4) : WORKING_THREADS)
-#define BARRIERS_AT TABLE_BYTES
-#define PLAN_AT (BARRIERS_AT + 512)
-#define PLAN_BYTES (FUSED ? 16 * FEW_SEQUENCES + 128 : 0)
-#define ROWS_AT (PLAN_AT + PLAN_BYTES)
-#define RING_AT (ROWS_AT + CONSUMERS * (int)sizeof(TileRows))
-#define FITTING_STAGES ((NUM_SMEM - RING_AT) / STAGE_BYTES)
-#define STAGES (FITTING_STAGES > 24 ? 24 : FITTING_STAGES)
 #define VALUES_EARLY (KEY_BITS < 4 && VALUE_BITS < 4)  // read V codes together with K codes
-#define LAZY 5.f                          // raise the maximum only if exceeded by 2^5
-#define NORM_LIMIT 1024.f                 // 2^5 * 2^10 fits float16
 
-static_assert(sizeof(MergeSpace) <= CONSUMERS * sizeof(TileRows) && RING_AT % 128 == 0, "shared memory");
+static_assert(sizeof(MergeSpace) <= ROWS_BYTES, "shared memory");
 static_assert(MERGE_WARPS == CONSUMERS, "merge_rows");
-static_assert((D == 64 || D == 128) && HEADS * SHARES == CONSUMERS && STAGES >= 2, "attention_pages");
-
-// ---- the producer warp
-
-__device__ __forceinline__ void produce(const Args& a, const i64* plan, u32 smem, int lane) {
-  const u32 full = smem + BARRIERS_AT, empty = full + 8 * STAGES;
-  // Four lanes a page: K codes, V codes, norms of K, norms of V.
-  const int head = blockIdx.y * HEADS, kind = lane & 3;
-  const u8* from = kind == 0 ? a.k_packed + head * a.k_head_stride
-      : kind == 1            ? a.v_packed + head * a.v_head_stride
-      : kind == 2            ? (const u8*)(a.k_norms + head * a.kn_head_stride)
-                             : (const u8*)(a.v_norms + head * a.vn_head_stride);
-  const i64 block_stride = kind == 0 ? a.k_block_stride : kind == 1 ? a.v_block_stride
-      : kind == 2 ? 4 * a.kn_block_stride : 4 * a.vn_block_stride;
-  const i64 token_stride = kind == 0 ? a.k_token_stride : kind == 1 ? a.v_token_stride
-      : kind == 2 ? 4 * a.kn_token_stride : 4 * a.vn_token_stride;
-  const u32 bytes = kind == 0 ? K_PAGE : kind == 1 ? V_PAGE : NORM_PAGE;
-  const u32 at = kind == 0 ? 0 : kind == 1 ? AT_V : kind == 2 ? AT_KN : AT_VN;
-  int stage = 0, phase = 1;
-  Walk walk = start_walk(a, plan);
-  Segment segment;
-  while (next_segment(a, walk, segment)) {
-    // Pages that some row of the sequence sees; others are neither looked up nor read.
-    const int high_page = (segment.q.context - 1) / PAGE;
-    const int low = a.window ? segment.q.position + 1 - a.window : 0;
-    const int low_page = min(low > 0 ? low / PAGE : 0, high_page);
-    const int* table = a.block_tables + segment.s * a.table_row_stride;
-    auto page_id = [&](int page) {  // block * (BLOCK_SIZE / PAGE) + page within the block
-      page = max(low_page, min(page, high_page));
-      const i64 block = table[(i64)(page / (BLOCK_SIZE / PAGE)) * a.table_step];
-      return block * (BLOCK_SIZE / PAGE) + page % (BLOCK_SIZE / PAGE);
-    };
-    int base = segment.begin * STAGE_PAGES;
-    i64 ids = page_id(base + lane), next = page_id(base + 32 + lane);
-    for (int u = segment.begin; u < segment.begin + segment.count; u++) {
-      if (u * STAGE_PAGES - base == 32) {
-        base += 32;
-        ids = next;
-        next = page_id(base + 32 + lane);
-      }
-      barrier_wait(empty + 8 * stage, phase);
-      if (lane == 0) barrier_expect(full + 8 * stage, STAGE_BYTES);
-      __syncwarp();
-      const u32 to = smem + RING_AT + stage * STAGE_BYTES + at;
-#pragma unroll
-      for (int first = 0; first < STAGE_PAGES; first += 8) {
-        const int i = first + (lane >> 2);
-        const i64 id = __shfl_sync(FULL_WARP, ids, u * STAGE_PAGES + i - base);
-        const i64 block = id / (BLOCK_SIZE / PAGE), token = id % (BLOCK_SIZE / PAGE) * PAGE;
-        if (i < STAGE_PAGES)
-          bulk_copy(to + i * PAGE_BYTES, from + block * block_stride + token * token_stride, bytes, full + 8 * stage);
-      }
-      if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
-  }
-}
+static_assert((D == 64 || D == 128 || D == 256 && !FUSED) && HEADS * SHARES == CONSUMERS, "attention_pages");
 
 // ---- the consumer warps
 
@@ -103,12 +36,13 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
   const u32 k_bank = KEY_BITS == 2 ? (lane & 15) * 8 : lane * 4;
   const u32 v_bank = VALUE_BITS == 2 ? (lane & 15) * 8 : lane * 4;
   const int row_token = token_of_row(g);
-  const u32 ring = smem + RING_AT + share * SUB * PAGE_BYTES;
-  const u32 k_at = ring + row_token * K_TOKEN + head * K_HEAD + (c * KEY_RUN & ~3);
-  const u32 n_at = ring + AT_KN + row_token * N_TOKEN + head * N_HEAD;
-  const u32 v_base = ring + AT_V + head * V_HEAD + (g * VALUE_RUN & ~3);
+  const u32 ring = smem + RING_AT;
+  const u32 k_at = ring + PAGE_AT(share * SUB, K_TOKEN) + row_token * K_TOKEN + head * K_HEAD + (c * KEY_RUN & ~3);
+  const u32 n_at = ring + PAGE_AT(share * SUB, N_TOKEN) + AT_KN + row_token * N_TOKEN + head * N_HEAD;
+  const u32 v_base = ring + PAGE_AT(share * SUB, V_TOKEN) + AT_V + head * V_HEAD + (g * VALUE_RUN & ~3);
   const u32 v_at[2] = {v_base + token_of_row(2 * c) * V_TOKEN, v_base + token_of_row(2 * c + 1) * V_TOKEN};
-  const u32 k_shift = c * KEY_RUN & 3, v_shift = g * VALUE_RUN & 3;
+  const u32 v_shift = g * VALUE_RUN & 3;
+  const u32 k_reversing = reversing<KEY_RUN>(c * KEY_RUN & 3), v_reversing = reversing<VALUE_RUN>(v_shift);
   TileRows& mine = ((TileRows*)(dynamic_shared() + ROWS_AT))[warp];
 
   u32 stage = 0, phase = 0;
@@ -144,9 +78,10 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
     u32 kw[SUB][2][K_WORDS], vw[SUB][4][V_WORDS];
     float kn[SUB][2], vn[SUB][2], x[SUB][ROW_TILES][4];
     auto read_v = [&](int p) {
-      const u32 page = at + p * PAGE_BYTES;
+      const u32 page = at + PAGE_AT(p, V_TOKEN);
 #pragma unroll
-      for (int e = 0; e < 4; e++) read_values(vw[p][e], v_at[e & 1] + page + (e >> 1) * 8 * V_TOKEN, v_shift);
+      for (int e = 0; e < 4; e++)
+        read_values(vw[p][e], v_at[e & 1] + page + (e >> 1) * 8 * V_TOKEN, v_shift, v_reversing);
     };
     auto release = [&] {  // all reads of this stage are done
       __syncwarp();
@@ -154,12 +89,12 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
     };
 #pragma unroll
     for (int p = 0; p < SUB; p++) {
-      const u32 page = at + p * PAGE_BYTES;
+      const u32 page = at + PAGE_AT(p, K_TOKEN), norms = n_at + at + PAGE_AT(p, N_TOKEN);
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        read_keys(kw[p][e], k_at + page + e * 8 * K_TOKEN, k_shift);
-        kn[p][e] = __uint_as_float(ring32(n_at + page + e * 8 * N_TOKEN));
-        vn[p][e] = __uint_as_float(ring32(n_at + page + e * 8 * N_TOKEN + NORM_PAGE));
+        read_keys(kw[p][e], k_at + page + e * 8 * K_TOKEN, k_reversing);
+        kn[p][e] = __uint_as_float(ring32(norms + e * 8 * N_TOKEN));
+        vn[p][e] = __uint_as_float(ring32(norms + e * 8 * N_TOKEN + AT_VN - AT_KN));
       }
     }
     if (VALUES_EARLY) {
@@ -348,6 +283,30 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
   }
 }
 
+#if FUSED
+// When all blocks have written their parts.  What can be known before is found out before.
+__device__ __forceinline__ void merge_in_blocks(const Args& a, const i64* plan, u32 block, u32 blocks, int warp, int lane) {
+  const i64 all = (i64)a.num_tokens * a.num_kv_heads * a.group;
+  const bool fours = a.merge_warps == 1 && all > (i64)blocks * MERGE_WARPS;  // else a row a warp or less
+  const int at_once = fours ? 4 * MERGE_WARPS : MERGE_WARPS / a.merge_warps;
+  const int own = fours ? 4 * warp + (lane >> 3) : warp / a.merge_warps;
+  const Signs signs = load_signs(a.v_signs, a.v_steps, lane);
+  const u64 early = early_signs(a.v_signs, a.v_steps, lane & 7);
+  i64 row = (i64)block * at_once;
+  PartsOfRow parts = parts_of_row(a, plan, row + own);
+  named_barrier(MERGE_BARRIER, 32 * CONSUMERS);
+  if (threadIdx.x == 0) grid_barrier(a.barrier, block, blocks);
+  named_barrier(MERGE_BARRIER, 32 * CONSUMERS);
+  MergeSpace& space = *(MergeSpace*)(dynamic_shared() + ROWS_AT);
+  while (row < all) {
+    if (fours) merge_four_rows(a, parts, early, lane);
+    else merge_rows(a, parts, signs, space, warp, lane);
+    row += (i64)blocks * at_once;
+    parts = parts_of_row(a, plan, row + own);
+  }
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(PAGES_THREADS, 1) attention_pages(const Args a) {
   const u32 smem = shared_address(dynamic_shared());
   if (smem != SMEM_BASE) trap();  // table32 has it as a constant
@@ -357,10 +316,7 @@ extern "C" __global__ void __launch_bounds__(PAGES_THREADS, 1) attention_pages(c
     if (REGISTERS_MOVED) give_registers<56>();
     if (warp > CONSUMERS) return;
     if (lane == 0) {
-      for (int i = 0; i < STAGES; i++) {
-        barrier_init(smem + BARRIERS_AT + 8 * i, 1);
-        barrier_init(smem + BARRIERS_AT + 8 * (STAGES + i), CONSUMERS);
-      }
+      init_ring(smem);
       fence_barrier_init();
     }
     if (FUSED) write_short_plan(a, plan, lane);
@@ -370,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(PAGES_THREADS, 1) attention_pages(c
   } else {
     if (REGISTERS_MOVED) take_registers<224>();  // with 4 warps of 56 as many as 12 warps of 168
 #if FUSED
-    const u64 early = early_key_signs(a, lane & 7);
+    const u64 early = early_signs(a.k_signs, a.k_steps, lane & 7);
 #else
     const u64 early = 0;
 #endif
@@ -378,21 +334,7 @@ extern "C" __global__ void __launch_bounds__(PAGES_THREADS, 1) attention_pages(c
     named_barrier(MERGE_BARRIER, WORKING_THREADS);
     consume(a, plan, smem, lane, warp, early);
 #if FUSED
-    const Signs signs = load_signs(a.v_signs, a.v_steps, lane);
-    const u32 block = blockIdx.y * gridDim.x + blockIdx.x, blocks = gridDim.x * gridDim.y;
-    const i64 all = (i64)a.num_tokens * a.num_kv_heads * a.group;
-    const int at_once = MERGE_WARPS / a.merge_warps;
-    i64 row = (i64)block * at_once;
-    PartsOfRow parts = parts_of_row(a, plan, row + warp / a.merge_warps);
-    named_barrier(MERGE_BARRIER, 32 * CONSUMERS);
-    if (tid == 0) grid_barrier(a.barrier, block, blocks);
-    named_barrier(MERGE_BARRIER, 32 * CONSUMERS);
-    MergeSpace& space = *(MergeSpace*)(dynamic_shared() + ROWS_AT);
-    while (row < all) {
-      merge_rows(a, parts, signs, space, warp, lane);
-      row += (i64)blocks * at_once;
-      parts = parts_of_row(a, plan, row + warp / a.merge_warps);
-    }
+    merge_in_blocks(a, plan, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y, warp, lane);
 #endif
   }
 }

@@ -8,6 +8,11 @@ typedef long long i64;
 
 #define FULL_WARP 0xffffffffu
 
+// x, as far as the compiler knows only known here: what is computed with it stays behind this point.
+__device__ __forceinline__ int here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 // Two floats to float16, the first in the low half.
 __device__ __forceinline__ u32 pack_half2(float lo, float hi) {
   u32 r;
@@ -106,6 +111,15 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Whether the predicate holds for some thread.
+__device__ __forceinline__ bool named_barrier_or(int id, int threads, bool predicate) {
+  u32 r;
+  asm volatile(
+      "{\n.reg .pred p, q;\nsetp.ne.u32 p, %3, 0;\nbarrier.cta.red.or.pred q, %1, %2, p;\nselp.u32 %0, 1, 0, q;\n}"
+      : "=r"(r) : "r"(id), "r"(threads), "r"((u32)predicate) : "memory");
+  return r;
+}
+
 // Registers a thread from here on, for a group of four warps; compute capability 9.0a.
 template <int COUNT> __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
@@ -131,6 +145,12 @@ __device__ __forceinline__ void grid_barrier(u32* counter, u32 block, u32 blocks
 __device__ __forceinline__ uint2 load_shared_by_blocks(const uint2* p) {
   uint2 r;
   asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p) : "memory");
+  return r;
+}
+__device__ __forceinline__ uint4 load_shared_by_blocks(const uint4* p) {
+  uint4 r;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
   return r;
 }
 
@@ -162,4 +182,54 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
       " [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier),
       "l"(0x12F0000000000000ull)  // createpolicy.fractional.L2::evict_first
       : "memory");
+}
+
+// ---- products of four warps (compute capability 9.0a)
+
+// d += a b, or d = a b: a is 64x16, 16 rows of each warp as in mma; b is 16xN float16 in shared memory,
+// where N neighbours lie together if TRANSPOSED, else 16.  Runs on; see wgmma_wait.
+template <bool TRANSPOSED> __device__ __forceinline__ void wgmma(float (&d)[8], const u32 (&a)[4], u64 b, bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1, %14;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)add), "n"(TRANSPOSED));
+}
+template <bool TRANSPOSED> __device__ __forceinline__ void wgmma(float (&d)[16], const u32 (&a)[4], u64 b, bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, %22;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)add), "n"(TRANSPOSED));
+}
+// How a matrix lies in shared memory: 8x8 tiles of 128 bytes; `along` bytes to the next one along the
+// 16 dims that are summed, `across` to the next one across.
+__device__ __forceinline__ u64 wgmma_matrix(u32 address, u32 along, u32 across) {
+  return (u64)(address >> 4) | (u64)(along >> 4) << 16 | (u64)(across >> 4) << 32;
+}
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// The compiler has these ready before what follows.
+__device__ __forceinline__ void settle(u32 (&a)[4]) {
+  asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
+}
+template <typename Array, int COUNT> __device__ __forceinline__ void settle(Array (&a)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) settle(a[i]);
+}
+// What this thread has written to shared memory is seen by wgmma of threads that it meets at a barrier.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Four 8x8 matrices of float16 that lie in the warp as mma fragments; rows of 16 bytes at the lanes' addresses.
+__device__ __forceinline__ void store_matrices(u32 at, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+// Four 8x8 matrices of 16 bits, rows of 16 bytes at the lanes' addresses, transposed: lane (g, c) gets
+// column g of rows 2c and 2c + 1 of each.
+__device__ __forceinline__ uint4 ring_matrices(u32 at) {
+  uint4 r;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(at) : "memory");
+  return r;
 }

@@ -2,9 +2,8 @@
 // warps that share a head make of their partial results.
 #pragma once
 #include "attention_page.cuh"
-#include "attention_rows.cuh"
 
-#define QUERY_IN_REGISTERS (ROW_TILES <= 2)  // else read from shared memory each time
+#define QUERY_IN_REGISTERS (ROW_TILES <= 2 && ROW_TILES * D <= 256)  // else read from shared memory each time
 
 // What a consumer warp keeps of the query rows of a tile.
 struct TileRows {
@@ -17,11 +16,17 @@ struct TileRows {
   float factors[8];                  // of the scores, for each 4 rows
 };
 
-__device__ __forceinline__ void unpack_halves(uint4 x, float* v) {
-  const u32 w[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-  for (int k = 0; k < 8; k++) v[k] = half_to_float((u16)(w[k / 2] >> k % 2 * 16));
-}
+// What the four warps of a head share in attention_wide.
+struct WideRows {
+  u16 query[D / 8][ROW_TILES][8][8];  // [8 dims][8 rows][row][dim], as wgmma takes it
+  u16 weights[8][ROW_TILES][8][8];    // [8 tokens][8 rows][token][row]
+  float2 totals[4][8 * ROW_TILES];    // of each warp, by row: maximum, softmax sum
+  float norms[4];
+  float shifts[8 * ROW_TILES], factors[8];  // as TileRows
+  u64 weights_free;                   // barrier: products with the weights are done
+  u64 padding;
+};
+
 __device__ __forceinline__ void store_words(uint4* to, const u32 (&w)[PRODUCTS]) {
 #pragma unroll
   for (int k = 0; k < PRODUCTS / 4; k++) to[k] = make_uint4(w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]);
@@ -101,25 +106,14 @@ __device__ __forceinline__ void load_dims(const Args& a, i64 at, float (&v)[LANE
     }
   }
 }
-// Signs of LANE_DIMS dims in a step of the keys' rotation, set = negative.
-__device__ __forceinline__ u32 key_signs(const Args& a, int step, int part) {
-  return a.k_signs[step * SIGN_WORDS + LANE_DIMS * part / 32] >> LANE_DIMS * part % 32 & ((1u << LANE_DIMS) - 1);
-}
-__device__ __forceinline__ u64 early_key_signs(const Args& a, int part) {
-  u64 early = 0;  // LANE_DIMS bits a step
-#pragma unroll
-  for (int k = 0; k < EARLY_STEPS; k++)
-    if (k < a.k_steps) early |= (u64)key_signs(a, k, part) << LANE_DIMS * k;
-  return early;
-}
-// Rotate four rows from row `first` of a tile on, 8 lanes each.
-__device__ __forceinline__ void rotate_rows(const Args& a, const Segment& segment, const Rows& rows, int kv_head,
-                                            TileRows& to, int first, int lane, u64 early) {
+// Four rows from row `first` of a tile on, 8 lanes each, rotated and brought to one factor of the
+// scores, which is returned; `shift` is what the key offset adds to them.
+__device__ __forceinline__ float rotate_rows(const Args& a, const Segment& segment, const Rows& rows, int kv_head, int first,
+                                             int lane, u64 early, float (&v)[LANE_DIMS], float& shift) {
   const int part = lane & 7, r = first + (lane >> 3), heads = a.num_kv_heads * a.group;
   const u32 row = (u32)query_row(a, segment, rows, r < rows.count ? r : 0, kv_head);
-  float v[LANE_DIMS];
   load_dims(a, row / heads * a.q_token_stride + row % heads * a.q_head_stride + LANE_DIMS * part, v);
-  float shift = 0.f;
+  shift = 0.f;
   if (a.key_offset) {
     const float* o = offset_of(a, segment.s, kv_head) + LANE_DIMS * part;
 #pragma unroll
@@ -127,37 +121,19 @@ __device__ __forceinline__ void rotate_rows(const Args& a, const Segment& segmen
   }
 #pragma unroll
   for (int k = 1; k < 8; k <<= 1) shift += __shfl_xor_sync(FULL_WARP, shift, k);
-  if (part == 0) to.shifts[r] = shift * a.offset_factor;
-  const float gain = rsqrtf((float)D);
+  shift *= a.offset_factor;
 #pragma unroll 1
   for (int step = 0; step < a.k_steps; step++) {
-    const u32 bits = step < EARLY_STEPS ? (u32)(early >> LANE_DIMS * step) : key_signs(a, step, part);
-#pragma unroll
-    for (int i = 0; i < LANE_DIMS; i++) v[i] *= bits >> i & 1 ? -gain : gain;
-#pragma unroll
-    for (int h = 1; h < LANE_DIMS; h *= 2)
-#pragma unroll
-      for (int i = 0; i < LANE_DIMS; i++)
-        if (!(i & h)) {
-          const float y = v[i], z = v[i + h];
-          v[i] = y + z;
-          v[i + h] = y - z;
-        }
-#pragma unroll
-    for (int h = 1; h < 8; h *= 2) {
-      const float sign = part & h ? -1.f : 1.f;
-#pragma unroll
-      for (int i = 0; i < LANE_DIMS; i++) v[i] = fmaf(v[i], sign, __shfl_xor_sync(FULL_WARP, v[i], h));
-    }
+    flip_eighth(v, early, a.k_signs, step, part);
+    transform_eighth(v, part);
   }
   float largest = 0.f;
 #pragma unroll
   for (int i = 0; i < LANE_DIMS; i++) largest = fmaxf(largest, fabsf(v[i]));
   const PowerOfTwo up = power_below(warp_max(r < rows.count ? largest : 0.f));
-  if (lane == 0) to.factors[first / 4] = a.score_factor / up.first / up.second;
 #pragma unroll
   for (int i = 0; i < LANE_DIMS; i++) v[i] = r < rows.count ? up.times(v[i]) : 0.f;
-  put_fragments(to.query[first / 8], v, r & 7, lane);
+  return a.score_factor / up.first / up.second;
 }
 #endif
 // Four rows that attention_query has rotated, brought to a common factor.
@@ -186,7 +162,11 @@ __device__ __forceinline__ float stage_rows(const Args& a, const Segment& segmen
   for (int first = 0; first < 8 * ROW_TILES; first += 4) {
     if (first < rows.count) {
 #if FUSED
-      rotate_rows(a, segment, rows, kv_head, to, first, lane, early);
+      float v[LANE_DIMS], shift;
+      const float factor = rotate_rows(a, segment, rows, kv_head, first, lane, early, v, shift);
+      if ((lane & 7) == 0) to.shifts[first + (lane >> 3)] = shift;
+      if (lane == 0) to.factors[first / 4] = factor;
+      put_fragments(to.query[first / 8], v, (first & 7) + (lane >> 3), lane);
 #else
       load_rows(a, segment, rows, kv_head, to, first, lane);
 #endif

@@ -1,0 +1,48 @@
+// Rows of D numbers that 8 lanes share, LANE_DIMS neighbours in registers each; a warp has four rows.
+#pragma once
+#include "attention_rows.cuh"
+
+#define LANE_DIMS (D / 8)
+
+__device__ __forceinline__ void unpack_halves(uint4 x, float* v) {
+  const u32 w[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int k = 0; k < 8; k++) v[k] = half_to_float((u16)(w[k / 2] >> k % 2 * 16));
+}
+#if POWER_OF_TWO && D <= 128
+// Signs of LANE_DIMS dims in a step of a rotation, set = negative.
+__device__ __forceinline__ u32 eighth_signs(const u32* signs, int step, int part) {
+  return signs[step * SIGN_WORDS + LANE_DIMS * part / 32] >> LANE_DIMS * part % 32 & ((1u << LANE_DIMS) - 1);
+}
+// Those of the first steps, LANE_DIMS bits each.
+__device__ __forceinline__ u64 early_signs(const u32* signs, int steps, int part) {
+  u64 early = 0;
+#pragma unroll
+  for (int k = 0; k < EARLY_STEPS; k++)
+    if (k < steps) early |= (u64)eighth_signs(signs, k, part) << LANE_DIMS * k;
+  return early;
+}
+__device__ __forceinline__ void flip_eighth(float (&v)[LANE_DIMS], u64 early, const u32* signs, int step, int part) {
+  const float gain = rsqrtf((float)D);
+  const u32 bits = step < EARLY_STEPS ? (u32)(early >> LANE_DIMS * step) : eighth_signs(signs, step, part);
+#pragma unroll
+  for (int i = 0; i < LANE_DIMS; i++) v[i] *= bits >> i & 1 ? -gain : gain;
+}
+__device__ __forceinline__ void transform_eighth(float (&v)[LANE_DIMS], int part) {
+#pragma unroll
+  for (int h = 1; h < LANE_DIMS; h *= 2)
+#pragma unroll
+    for (int i = 0; i < LANE_DIMS; i++)
+      if (!(i & h)) {
+        const float y = v[i], z = v[i + h];
+        v[i] = y + z;
+        v[i + h] = y - z;
+      }
+#pragma unroll
+  for (int h = 1; h < 8; h *= 2) {
+    const float sign = part & h ? -1.f : 1.f;
+#pragma unroll
+    for (int i = 0; i < LANE_DIMS; i++) v[i] = fmaf(v[i], sign, __shfl_xor_sync(FULL_WARP, v[i], h));
+  }
+}
+#endif
