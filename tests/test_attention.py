@@ -403,6 +403,20 @@ def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message
         Problem(10).run("cpu", **change)
 
 
+def test_what_was_right_is_looked_at_again_when_it_changes() -> None:
+    problem = Problem(10)
+    problem.run("cpu")
+    problem.run("cpu")
+    problem.block_tables[0, 0] = 99
+    with pytest.raises(ValueError, match=r"block_tables\[0, 0\] is 99"):
+        problem.run("cpu")
+    problem.block_tables[0, 0] = 0
+    problem.run("cpu")
+    problem.context_lens[1] = 65
+    with pytest.raises(ValueError, match=r"context_lens\[1\] is 65"):
+        problem.run("cpu")
+
+
 def test_heads_must_divide() -> None:
     problem = Problem(10)
     attention: Any = TQPagedAttention(TurboQuant(head_dim=64), 7)

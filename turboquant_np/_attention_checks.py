@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _arrays, _backend
-from ._attention_shapes import Form, Forms, Heads, check_forms
+from ._attention_shapes import check_forms
 from ._checks import check_same_place, take_in_out
 
 if TYPE_CHECKING:
     from .quantizer import TurboQuant
 
+_OPTIONAL = frozenset(("query_start_loc", "query_positions", "sinks", "key_offset"))
 _FLOAT32 = np.dtype(np.float32)
+MOST_REMEMBERED = 1 << 16  # bytes
+_fitting: tuple[bytes, bytes, Any] | None = None  # lengths and tables that were found right last
 _UNSIGNED = {4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
 
@@ -105,26 +108,23 @@ def check_attention(
 ) -> tuple[AttentionBatch, _arrays.GiveBack]:
     """Check everything `TQPagedAttention.forward` gets; see there for shapes."""
     q, give_back = _arrays.take_in(query, "query")
-    given = {
-        "k_packed": k_packed,
-        "k_norms": k_norms,
-        "v_packed": v_packed,
-        "v_norms": v_norms,
-        "block_tables": block_tables,
-        "context_lens": context_lens,
-    }
-    optional = {
-        "query_start_loc": query_start_loc,
-        "query_positions": query_positions,
-        "sinks": sinks,
-        "key_offset": key_offset,
-    }
-    arrays = {name: _take(x, name, q) for name, x in given.items()}
-    for name, x in optional.items():
-        arrays[name] = None if x is None else _take(x, name, q)
+    arrays: dict[str, Any] = {}
+    for name, x in (
+        ("k_packed", k_packed),
+        ("k_norms", k_norms),
+        ("v_packed", v_packed),
+        ("v_norms", v_norms),
+        ("block_tables", block_tables),
+        ("context_lens", context_lens),
+        ("query_start_loc", query_start_loc),
+        ("query_positions", query_positions),
+        ("sinks", sinks),
+        ("key_offset", key_offset),
+    ):
+        arrays[name] = None if x is None and name in _OPTIONAL else _take(x, name, q)
     query_len = check_forms(
-        Heads(num_query_heads, key_quantizer.head_dim, key_quantizer.bits, value_quantizer.bits),
-        Forms(*map(_form, (q, *arrays.values()))),
+        (num_query_heads, key_quantizer.head_dim, key_quantizer.bits, value_quantizer.bits),
+        tuple([_form(x) for x in (q, *arrays.values())]),
         block_size,
         num_kv_heads,
     )
@@ -151,14 +151,15 @@ def check_attention(
 
 
 def _take(x: Any, name: str, query: Any) -> Any:
+    if type(x) is np.ndarray and type(query) is np.ndarray:  # in most calls
+        return x
     array, _ = _arrays.take_in(x, name)
-    if type(array) is not np.ndarray or type(query) is not np.ndarray:
-        check_same_place(array, name, query, "query")
+    check_same_place(array, name, query, "query")
     return array
 
 
 def _form(array: Any) -> Any:
-    return None if array is None else Form(array.shape, array.dtype, array.strides)
+    return None if array is None else (array.shape, array.dtype, array.strides)
 
 
 def check_options(
@@ -201,7 +202,21 @@ def _check_values(batch: AttentionBatch, everything: bool) -> None:
                 f"query_start_loc must rise from 0 to the number of query tokens "
                 f"({len(batch.query)}), got {starts.tolist()}"
             )
+    _check_pages(lens, tables, num_blocks, page)
+    if everything:
+        _check_floats(batch, lens, tables)
+
+
+def _check_pages(lens: Any, tables: Any, num_blocks: int, page: int) -> None:
+    """Contexts and blocks are in range; what all layers of a step share is looked at once."""
+    global _fitting
     capacity = tables.shape[1] * page
+    known = None
+    if tables.nbytes <= MOST_REMEMBERED:
+        kinds = lens.itemsize, tables.itemsize, tables.shape, num_blocks, page
+        known = lens.tobytes(), tables.tobytes(), kinds
+        if known == _fitting:
+            return
     if _largest(lens) > capacity:
         wrong = (lens < 0) | (lens > capacity)
         s = int(wrong.argmax())
@@ -211,8 +226,7 @@ def _check_values(batch: AttentionBatch, everything: bool) -> None:
         )
     if _largest(tables) >= num_blocks:
         _check_blocks(lens, tables, num_blocks, page)
-    if everything:
-        _check_floats(batch, lens, tables)
+    _fitting = known
 
 
 def _largest(ints: Any) -> int:

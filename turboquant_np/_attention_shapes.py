@@ -46,15 +46,26 @@ class Heads(NamedTuple):
 
 @lru_cache(maxsize=128)
 def check_forms(
-    heads: Heads, forms: Forms, block_size: int | None, num_kv_heads: int | None
+    of_heads: tuple[int, int, int, int],
+    of_arrays: tuple[tuple[Any, Any, Any] | None, ...],
+    block_size: int | None,
+    num_kv_heads: int | None,
 ) -> int:
     """Number of query tokens of each sequence, 0 if they differ.
+
+    Parameters
+    ----------
+    of_heads, of_arrays
+        The contents of `Heads`, and of `Forms` with a `Form` in each place: plain tuples, which are
+        made in less time, as every call needs them to find what was checked before.
 
     Raises
     ------
     TypeError, ValueError
         If an array's dtype or shape does not fit.
     """
+    heads = Heads(*of_heads)
+    forms = Forms(*[Form(*f) if f else None for f in of_arrays])  # type: ignore[arg-type]
     names = ("num_blocks", "block_size", "num_kv_heads", "packed_dim")
     _check(forms.k_packed, "k_packed", ("uint8",), names)
     num_blocks, page, kv_heads = forms.k_packed.shape[:3]
