@@ -1,8 +1,8 @@
 // What the kernels of one attention step share: arguments, work list, small helpers.
 //
-// A step is attention_query (rotate the query, write the work list), attention_split or
-// attention_pages (partial results of token ranges) and attention_merge (combine, rotate back);
-// or attention_pages alone, if it is compiled to do the work of the others too (FUSED).
+// A step is attention_query (rotate the query, write the work list), attention_split,
+// attention_pages or attention_wide (partial results of token ranges) and attention_merge (combine,
+// rotate back); or attention_pages or attention_wide alone, compiled to do the work of the others too (FUSED).
 //
 // Rows: the query tokens of a sequence times the query heads of one kv head, row = token * group +
 // head; `tile_rows` of them make a tile.  An item is one tile of one sequence; its context is cut
