@@ -13,7 +13,7 @@ import numpy.typing as npt
 from .codec import address
 from .simd import CACHE_LINE
 
-MOST_KEPT = 1 << 25  # bytes
+MOST_KEPT = 1 << 26  # bytes
 
 
 class Memory(threading.local):
