@@ -134,11 +134,13 @@ def can_stream(dim: int, size: int, address: int, pitch: int) -> bool:
     """Whether results of `size` bytes should go past the caches, and can.
 
     That spares reading the lines that are going to be written.  Smaller results stay in the caches,
-    where whoever asked for them finds them.
+    where whoever asked for them finds them.  Lines stored in two halves take longer than usual.
     """
     cpu = target()
-    fits = dim % cpu.width == 0 and address % CACHE_LINE == 0 and pitch % CACHE_LINE == 0
-    return fits and size >= STREAMED and cpu.level != "generic"
+    if cpu.level != "avx512" or size < STREAMED or dim % cpu.width:
+        return False
+    stored_at_once = pitch // dim * cpu.width
+    return stored_at_once % CACHE_LINE == 0 and address % CACHE_LINE == 0
 
 
 def rows_at_once(s: Simd, plan: Plan) -> int:
