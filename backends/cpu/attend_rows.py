@@ -12,8 +12,8 @@ from llvmlite import ir
 
 from .attend import ValueTile, add_products, in_blocks_of_rows
 from .attend_call import MERGE, ROTATED_ROWS, Fields, Scratch, row_bytes, row_registers
-from .attend_int8 import round_query
 from .convert import load_floats, store_floats
+from .int8_rows import round_query
 from .kernels import Arguments, Plan
 from .simd import F32, I32, Register, Simd, Value
 from .softmax import NOTHING, State, across, exp, state_floats, variable
