@@ -7,7 +7,8 @@ side in memory.  Units never share results, so nothing depends on how they are s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -344,6 +345,23 @@ def _locate(
         b.store(b.add(b.load(page), b.zext(turned, I64)), page)
 
 
+@contextmanager
+def rows_of_unit(
+    s: Simd, call: Fields, unit: Fields, head: Value, first: Value
+) -> Iterator[tuple[Value, Value, Value, Value]]:
+    """A loop over rows: number in the unit, tokens seen of a tile (from, to), bias of scores."""
+    b = s.b
+    end = b.trunc(b.sub(unit["stop"], first), I32)
+    begin = b.trunc(first, I32)
+    with s.loop(unit["rows"]) as r:
+        row = b.add(unit["row"], r)
+        low = b.sub(s.load(I32, call["first"], s.times(row, 4)), begin)
+        high = b.sub(s.load(I32, call["last"], s.times(row, 4)), begin)
+        high = b.select(b.icmp_signed("<", high, end), high, end)
+        skip = b.add(b.mul(head, call["bias_head"]), b.mul(row, call["bias_row"]))
+        yield r, low, high, s.load(F32, call["bias"], skip)
+
+
 def _softmax(
     plan: Plan,
     s: Simd,
@@ -360,16 +378,8 @@ def _softmax(
     scratch = Scratch(s, plan, scratch_address)
     cap = b.bitcast(b.trunc(call["soft_cap"], I32), F32)
     tile = Tile(scratch.norms, s.at(scratch.norms, 4 * TILE), cap)
-    end = b.trunc(b.sub(unit["stop"], first), I32)
-    begin = b.trunc(first, I32)
     zero, whole = ir.Constant(I32, 0), ir.Constant(I32, TILE)
-    with s.loop(unit["rows"]) as r:
-        row = b.add(unit["row"], r)
-        low = b.sub(s.load(I32, call["first"], s.times(row, 4)), begin)
-        high = b.sub(s.load(I32, call["last"], s.times(row, 4)), begin)
-        high = b.select(b.icmp_signed("<", high, end), high, end)
-        skip = b.add(b.mul(head, call["bias_head"]), b.mul(row, call["bias_row"]))
-        bias = s.load(F32, call["bias"], skip)
+    with rows_of_unit(s, call, unit, head, first) as (r, low, high, bias):
         scores = s.at(scratch.scores, s.times(r, 4 * TILE))
         state = State(s, s.at(states, s.times(r, 4 * state_floats(s.width))))
         starts = b.icmp_signed("<=", low, zero)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -197,18 +198,20 @@ def _cut_again(
     return Work(work, tuple(address(x) for x in lists))
 
 
-_prepared: WeakKeyDictionary[CodecSpec, WeakKeyDictionary[CodecSpec, Prepared]]
-_prepared = WeakKeyDictionary()
+class PerPair:
+    """What `make` returns for quantisers of keys and values, kept as long as these live."""
 
+    def __init__(self, make: Callable[[CodecSpec, CodecSpec], Prepared]) -> None:
+        self._make = make
+        self._made: WeakKeyDictionary[CodecSpec, WeakKeyDictionary[CodecSpec, Prepared]]
+        self._made = WeakKeyDictionary()
 
-def _prepare(key_spec: CodecSpec, value_spec: CodecSpec) -> Prepared:
-    of_key = _prepared.setdefault(key_spec, WeakKeyDictionary())
-    known = of_key.get(value_spec)
-    if known is None:
-        plan = Plan("attend", key_spec.head_dim, key_spec.bits, value_bits=value_spec.bits)
-        matrices = _into_tiles(key_spec), _out_of_tiles(value_spec)
-        known = of_key[value_spec] = prepare(key_spec, value_spec, plan, matrices)
-    return known
+    def __call__(self, key_spec: CodecSpec, value_spec: CodecSpec) -> Prepared:
+        of_key = self._made.setdefault(key_spec, WeakKeyDictionary())
+        known = of_key.get(value_spec)
+        if known is None:
+            known = of_key[value_spec] = self._make(key_spec, value_spec)
+        return known
 
 
 def prepare(
@@ -230,22 +233,31 @@ def prepare(
     )
 
 
-def _into_tiles(spec: CodecSpec) -> Float32s:
-    """A column of the rotation for each coordinate of a key, zeros behind."""
-    matrix, dim = _square(spec), spec.head_dim
-    matrix[:dim, :dim] = spec.rotation.matrix.T
+def rotating_into(spec: CodecSpec, order: Sequence[int]) -> Float32s:
+    """[n, n] matrix that rotates a row and puts coordinate order[i] at place i.
+
+    Places whose number is no coordinate, and the places of a row behind its coordinates, are 0.
+    """
+    matrix, places = np.zeros((len(order), len(order)), np.float32), np.array(order)
+    (inside,) = np.nonzero(places < spec.head_dim)
+    matrix[: spec.head_dim, inside] = spec.rotation.matrix[places[inside]].T
     return matrix
 
 
-def _out_of_tiles(spec: CodecSpec) -> Float32s:
-    """Row i of the rotation in the place of coordinate i of a value, for centroids of z."""
-    matrix, dim = _square(spec), spec.head_dim
-    order = np.array(value_order(spec.bits, dim, target().width))
-    inside = order < dim
-    matrix[inside, :dim] = spec.rotation.matrix[order[inside]] * np.float32(dim**-0.5)
-    return matrix
+def rotating_out_of(spec: CodecSpec, order: Sequence[int]) -> Float32s:
+    """[n, n] matrix that rotates a row of centroids of z back, coordinate order[i] at place i."""
+    matrix, places = np.zeros((len(order), len(order)), np.float32), np.array(order)
+    (inside,) = np.nonzero(places < spec.head_dim)
+    matrix[inside, : spec.head_dim] = spec.rotation.matrix[places[inside]]
+    return matrix * np.float32(spec.head_dim**-0.5)
 
 
-def _square(spec: CodecSpec) -> Float32s:
-    size = registers_of(spec.head_dim, target().width) * target().width
-    return np.zeros((size, size), np.float32)
+def _make(key_spec: CodecSpec, value_spec: CodecSpec) -> Prepared:
+    plan = Plan("attend", key_spec.head_dim, key_spec.bits, value_bits=value_spec.bits)
+    width = target().width
+    into = rotating_into(key_spec, range(registers_of(plan.dim, width) * width))
+    out_of = rotating_out_of(value_spec, value_order(plan.value_bits, plan.dim, width))
+    return prepare(key_spec, value_spec, plan, (into, out_of))
+
+
+_prepare = PerPair(_make)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
-from weakref import WeakKeyDictionary
 
 import llvmlite.binding as llvm
-import numpy as np
 from numba.core.registry import cpu_target
 
 from turboquant_np._attention_checks import AttentionBatch
 from turboquant_np._spec import CodecSpec
 
-from .attention import Float32s, Prepared, attend, prepare
+from .attention import PerPair, Prepared, attend, prepare, rotating_into, rotating_out_of
 from .int8_layout import MOST_BITS, key_order, padded_dim, value_order
 from .kernels import Plan
 from .simd import target
@@ -70,35 +69,18 @@ def _check(key_spec: CodecSpec, value_spec: CodecSpec) -> None:
             )
 
 
-_prepared: WeakKeyDictionary[CodecSpec, WeakKeyDictionary[CodecSpec, Prepared]]
-_prepared = WeakKeyDictionary()
+def _make(key_spec: CodecSpec, value_spec: CodecSpec) -> Prepared:
+    _check(key_spec, value_spec)
+    plan = Plan("attend_int8", key_spec.head_dim, key_spec.bits, value_bits=value_spec.bits)
+    padded = padded_dim(plan.dim, plan.bits, plan.value_bits)
+    into = rotating_into(key_spec, _padded(key_order(plan.dim, plan.bits), padded))
+    out_of = rotating_out_of(value_spec, _padded(value_order(plan.dim, plan.value_bits), padded))
+    return prepare(key_spec, value_spec, plan, (into, out_of))
 
 
-def _prepare(key_spec: CodecSpec, value_spec: CodecSpec) -> Prepared:
-    of_key = _prepared.setdefault(key_spec, WeakKeyDictionary())
-    known = of_key.get(value_spec)
-    if known is None:
-        _check(key_spec, value_spec)
-        plan = Plan("attend_int8", key_spec.head_dim, key_spec.bits, value_bits=value_spec.bits)
-        padded = padded_dim(plan.dim, plan.bits, plan.value_bits)
-        matrices = _into_places(key_spec, padded), _out_of_places(value_spec, padded)
-        known = of_key[value_spec] = prepare(key_spec, value_spec, plan, matrices)
-    return known
+def _padded(order: Sequence[int], size: int) -> list[int]:
+    """An order with places of no coordinate behind it."""
+    return [*order, *[size] * (size - len(order))]
 
 
-def _into_places(spec: CodecSpec, size: int) -> Float32s:
-    """Column i of the rotation's transpose in the place of coordinate i of a key."""
-    matrix, dim = np.zeros((size, size), np.float32), spec.head_dim
-    order = np.array(key_order(dim, spec.bits))
-    (inside,) = np.nonzero(order < dim)
-    matrix[:dim, inside] = spec.rotation.matrix[order[inside]].T
-    return matrix
-
-
-def _out_of_places(spec: CodecSpec, size: int) -> Float32s:
-    """Row i of the rotation in the place of coordinate i of a value, for centroids of z."""
-    matrix, dim = np.zeros((size, size), np.float32), spec.head_dim
-    order = np.array(value_order(dim, spec.bits))
-    (inside,) = np.nonzero(order < dim)
-    matrix[inside, :dim] = spec.rotation.matrix[order[inside]] * np.float32(dim**-0.5)
-    return matrix
+_prepare = PerPair(_make)

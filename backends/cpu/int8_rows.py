@@ -9,11 +9,8 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from .attend_call import CALL, SCORE_BYTES, UNIT, Fields, Scratch, row_bytes, row_registers
-from .int8_layout import (
-    OFFSET,
-    key_order,
-    rounded_centroids,
-)
+from .attend_units import rows_of_unit
+from .int8_layout import OFFSET, key_order, rounded_centroids
 from .int8_registers import BYTES, LANES
 from .kernels import Plan
 from .quantize import MAGIC
@@ -98,15 +95,7 @@ def softmax_int8(
     scores, norms = Rows(s, plan, scratch), Scratch(s, plan, scratch).norms
     pitch = row_bytes(s, plan)
     cap = b.bitcast(b.trunc(call["soft_cap"], I32), F32)
-    end = b.trunc(b.sub(unit["stop"], first), I32)
-    begin = b.trunc(first, I32)
-    with s.loop(unit["rows"]) as r:
-        row = b.add(unit["row"], r)
-        low = b.sub(s.load(I32, call["first"], s.times(row, 4)), begin)
-        high = b.sub(s.load(I32, call["last"], s.times(row, 4)), begin)
-        high = b.select(b.icmp_signed("<", high, end), high, end)
-        skip = b.add(b.mul(head, call["bias_head"]), b.mul(row, call["bias_row"]))
-        bias = s.load(F32, call["bias"], skip)
+    with rows_of_unit(s, call, unit, head, first) as (r, low, high, bias):
         _softmax_row(
             s,
             plan,
