@@ -105,8 +105,13 @@ def check_attention(
     key_offset: Any,
     out: Any,
     check: bool | None,
-) -> tuple[AttentionBatch, _arrays.GiveBack]:
-    """Check everything `TQPagedAttention.forward` gets; see there for shapes."""
+) -> tuple[AttentionBatch, tuple[int, ...], _arrays.GiveBack]:
+    """Check everything `TQPagedAttention.forward` gets; see there for shapes.
+
+    Returns
+    -------
+    batch, shape of the query, what gives results the query's kind
+    """
     q, give_back = _arrays.take_in(query, "query")
     arrays: dict[str, Any] = {}
     for name, x in (
@@ -147,7 +152,7 @@ def check_attention(
     )
     if check or (check is None and backend.device == "cpu"):
         _check_values(batch, everything=bool(check))
-    return batch, give_back
+    return batch, q.shape, give_back
 
 
 def _take(x: Any, name: str, query: Any) -> Any:

@@ -76,6 +76,11 @@ class LayerMemory:
         """Bytes of all arrays."""
         return int(sum(getattr(self, name).nbytes for name in ARRAYS))
 
+    @property
+    def packed_pages(self) -> dict[str, Any]:
+        """Codes and norms by name, as attention takes them."""
+        return {name: getattr(self, name) for name in PACKED_ARRAYS}
+
     @cached_property
     def k_slots(self) -> Any:
         """[L, tokens of full-precision pages, kv_heads, head_dim], a view."""

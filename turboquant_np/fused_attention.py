@@ -173,7 +173,7 @@ class TQPagedAttention:
         TypeError, ValueError
             If shapes, dtypes or devices do not fit, or a checked value is out of range.
         """
-        batch, give_back = check_attention(
+        batch, query_shape, give_back = check_attention(
             self.key_quantizer,
             self.value_quantizer,
             self.num_query_heads,
@@ -206,7 +206,6 @@ class TQPagedAttention:
                     "NumPy arrays and the backend 'cpu'"
                 )
         attention(self.key_quantizer._spec, self.value_quantizer._spec, batch)
-        query_shape = _arrays.take_in(query, "query")[0].shape
         result = give_back(batch.out.reshape(query_shape)) if out is None else out
         if not return_lse:
             return result
