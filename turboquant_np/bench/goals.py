@@ -48,20 +48,21 @@ def goals(document: Document) -> Iterator[Goal]:
         yield Goal("first encode, kernels cached", 2, "s", first, at_most=True)
 
 
+def _row(rows: Rows, **settings: Any) -> dict[str, Any] | None:
+    """The first row that has these settings."""
+    return next((row for row in rows if settings.items() <= row.items()), None)
+
+
 def _find(rows: Rows, key: str, **settings: Any) -> float | None:
     """`key` of the row that has these settings."""
-    for row in rows:
-        if settings.items() <= row.items():
-            return float(row[key])
-    return None
+    row = _row(rows, **settings)
+    return None if row is None else float(row[key])
 
 
 def _share_of_copy(rows: Rows, **settings: Any) -> float | None:
     """Bytes a second over those of a device-to-device copy."""
-    for row in rows:
-        if settings.items() <= row.items():
-            return float(row["bytes_per_second"]) / float(row["rooflines"]["copy"])
-    return None
+    row = _row(rows, **settings)
+    return None if row is None else float(row["bytes_per_second"] / row["rooflines"]["copy"])
 
 
 def _codec(lines: Rows, peers: Rows) -> Iterator[Goal]:
