@@ -95,7 +95,8 @@ def _compile(file: str, name: str, macros: Macros, threads: int, shared_bytes: i
 
     module = cupy.RawModule(code=variant_source(file, macros), options=("-std=c++17",))
     function = module.get_function(name)
-    if shared_bytes > 48 * 1024:
+    # CuPy gives the same function for the same source: another launch may have asked for more.
+    if shared_bytes > function.max_dynamic_shared_size_bytes:
         function.max_dynamic_shared_size_bytes = shared_bytes
     attributes = attributes_of(cupy.cuda.runtime.getDevice())
     resident = attributes["MultiProcessorCount"] * blocks_per_multiprocessor(

@@ -455,9 +455,14 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=["check", "time", "more"])
     parser.add_argument("--parts", action="store_true", help="time each launch of a step, too")
     options = parser.parse_args()
+    # `with`, for Stream.use() does not survive a `with` of another stream
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        sys.exit(run(options, stream))
+
+
+def run(options: argparse.Namespace, stream: Any) -> bool:
+    """What the options ask for, on `stream`; whether a check failed."""
     properties = cupy.cuda.runtime.getDeviceProperties(0)
-    stream = cupy.cuda.Stream(non_blocking=True)
-    stream.use()
     report: dict[str, Any] = {
         "gpu": properties["name"].decode(),
         "driver": cupy.cuda.runtime.driverGetVersion(),
@@ -529,7 +534,7 @@ def main() -> None:
         report["cache steps"] = [time_cache_step(n, 8192, stream) for n in (32, 1)]
         print(*report["cache steps"], sep="\n", flush=True)
         options.json.write_text(json.dumps(report, indent=1))
-    sys.exit(failed)
+    return failed
 
 
 if __name__ == "__main__":
