@@ -187,10 +187,12 @@ def launches(
     steps = [launch(plan.kernel, plan.grid, plan.threads, (), plan.shared_bytes, plan.fused)]
     if not plan.fused:
         dense_grid = (-(-rows // DENSE_ROWS),)
-        merge_grid = (-(-rows * plan.merge_warps // MERGE_WARPS),)
-        query_grid = (-(-rows // QUERY_WARPS) + 1,)
-        steps.insert(0, launch("attention_query", query_grid, 32 * QUERY_WARPS))
-        steps.append(launch("attention_merge", merge_grid, 32 * MERGE_WARPS))
+        each = plan.rows_per_warp
+        kind = "_fours" if each == 4 else ""
+        merge_grid = (-(-rows * plan.merge_warps // (each * MERGE_WARPS)),)
+        query_grid = (-(-rows // (each * QUERY_WARPS)) + 1,)
+        steps.insert(0, launch(f"attention_query{kind}", query_grid, 32 * QUERY_WARPS))
+        steps.append(launch(f"attention_merge{kind}", merge_grid, 32 * MERGE_WARPS))
         if "matrix" in keys:
             extra = (keys["transposed_matrix"], np.int32(0))
             steps.insert(0, launch("attention_dense", dense_grid, DENSE_THREADS, extra))
@@ -318,7 +320,7 @@ def fill_arguments(
     a["query_len"] = batch.query_len
     a["num_kv_heads"], a["group"] = batch.num_kv_heads, batch.group
     a["max_blocks"], a["window"] = batch.block_tables.shape[1], batch.sliding_window
-    a["tile_rows"], a["num_ranges"] = plan.tile_rows, plan.grid[0]
+    a["tile_rows"], a["num_ranges"] = plan.tile_rows, plan.num_ranges
     a["merge_warps"] = plan.merge_warps
     a["query_dtype"] = DTYPE_NUMBERS[batch.query.dtype.name]
     a["offset_factor"] = batch.scale * (1 / cap if cap else LOG2_E)

@@ -29,6 +29,9 @@ MOST_SUMS = 512  # row tiles times head_dim, whose sums fit the registers of a w
 WIDE_HEADS, WIDE_PAGES = 4, 4  # kv heads of a block of attention_wide, pages that it takes at once
 WIDE_THREADS = 640
 WIDE_MERGED_ROWS = 64  # output rows that its warps merge at a time
+PREFILL_DIMS = (64, 96, 128)  # head_dim of attention_prefill
+PREFILL_ROWS, PREFILL_TILE = 128, 128  # query rows of a block, tokens of a tile
+PREFILL_THREADS = 384
 FEW_SEQUENCES = 128  # that attention_pages can plan by itself
 PAGES_SHARED_BYTES = 231424  # the most a block may have, less 1 KB
 
@@ -99,7 +102,8 @@ class Plan:
     source, kernel : str, what computes the parts
     macros : the variant of the source
     options : for the compiler
-    grid : (ranges, groups of kv heads); a block writes parts of the items in its range
+    grid : (ranges, groups of kv heads); a block writes parts of the items in its range.  Of
+        attention_prefill (items times kv heads, splits)
     threads, shared_bytes : int, of a block
     tile_rows : int, query rows of an item
     fused : bool, whether attention_pages is the only launch
@@ -122,6 +126,16 @@ class Plan:
     slots: int
     scratch: Mapping[str, tuple[int, int]]
     scratch_bytes: int
+
+    @property
+    def num_ranges(self) -> int:
+        """Ranges of attention_split and its like, parts of an output row of attention_prefill."""
+        return self.grid[self.kernel == "attention_prefill"]
+
+    @property
+    def rows_per_warp(self) -> int:
+        """Rows that a warp of the launches before and behind the parts takes at once."""
+        return 4 if self.macros.get("FOUR_ROWS") else 1
 
 
 def make_plan(
@@ -148,6 +162,8 @@ def make_plan(
         "VALUE_BITS": value.bits,
         "BLOCK_SIZE": shapes.block_size,
     }
+    if bulk_copies and key.head_dim in PREFILL_DIMS and shapes.rows_per_seq > PAGES_MOST_ROWS:
+        return _prefill_plan(key, value, shapes, num_sms, macros, dense)
     order = page_order(key, value, shapes) if bulk_copies else None
     if order is None:
         macros |= {
@@ -210,6 +226,59 @@ def make_plan(
     ):
         return plan(PAGES_HEADS // 2)
     return whole
+
+
+def _prefill_plan(
+    key: CodecSpec,
+    value: CodecSpec,
+    shapes: Shapes,
+    num_sms: int,
+    macros: Mapping[str, int],
+    dense: bool,
+) -> Plan:
+    """A block for each tile of query rows and kv head; if these are few, several split its tokens."""
+    macros = {
+        **macros,
+        "PREFILL": 1,
+        "FUSED": 0,
+        "UNIT": PREFILL_TILE,
+        "K_ALIGN": load_width(run_bytes(key, 4), key.packed_dim, *shapes.k_layout),
+        "V_ALIGN": load_width(run_bytes(value, 4), value.packed_dim, *shapes.v_layout),
+    }
+    items = max_items(shapes, PREFILL_ROWS)
+    tiles = -(-shapes.max_blocks * shapes.block_size // PREFILL_TILE)
+    blocks = items * shapes.num_kv_heads
+    splits = max(1, min(num_sms // max(1, blocks), tiles))
+    scratch, scratch_bytes = scratch_layout(
+        key.head_dim, shapes, items * splits * shapes.num_kv_heads * PREFILL_ROWS, dense
+    )
+    warps = MERGE_WARPS
+    while warps > 1 and splits < LEAST_PARTS * warps:
+        warps //= 2
+    fours = shapes.wide_query and not dense and key.head_dim != 96 and warps == 1
+    macros["FOUR_ROWS"] = int(fours)
+    return Plan(
+        "attention_prefill.cu",
+        "attention_prefill",
+        macros,
+        ("-arch=sm_90a", "-std=c++17"),
+        (blocks, splits),
+        PREFILL_THREADS,
+        prefill_shared_bytes(key, value),
+        PREFILL_ROWS,
+        False,
+        warps,
+        items * splits,
+        scratch,
+        scratch_bytes,
+    )
+
+
+def prefill_shared_bytes(key: CodecSpec, value: CodecSpec) -> int:
+    """PREFILL_BYTES of attention_prefill: tables, two stages of tiles, query rows, norms, barriers."""
+    tables = sum(128 * 2 ** (2 * q.bits if q.bits <= 4 else q.bits) for q in (key, value))
+    rows = 4 * PREFILL_TILE + PREFILL_ROWS
+    return tables + rows * key.head_dim * 2 + 4 * PREFILL_TILE * 4 + 64
 
 
 def _plan(

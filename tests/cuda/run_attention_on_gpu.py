@@ -14,7 +14,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -136,9 +136,26 @@ def _settings_of(quantizer: TurboQuant, backend: str) -> dict[str, Any]:
     }
 
 
-def draw_variant(rng: np.random.Generator, pages: bool) -> dict[str, Any]:
+KINDS = ("any", "pages", "prefill")  # of problems: which kernels they are likely to run
+
+
+def draw_variant(rng: np.random.Generator, kind: str) -> dict[str, Any]:
     """What decides which kernels are compiled, but for the odd float64 query."""
-    if pages:
+    if kind == "prefill":
+        group, query_len = [(1, 150), (4, 70), (5, 33), (8, 20), (71, 2)][rng.integers(5)]
+        return {
+            "group": group,
+            "query_len": query_len,
+            "rotations": [str(rng.choice(["hadamard", "hadamard", "haar"])) for _ in "kv"],
+            "ragged": bool(rng.integers(2)),
+            "head_dim": int(rng.choice([64, 96, 128, 128])),
+            "k_bits": int(rng.integers(1, 9)),
+            "v_bits": int(rng.integers(1, 9)),
+            "block_size": int(rng.choice([1, 7, 16, 16, 32, 256])),
+            "kv_heads": int(rng.choice([1, 3, 8])),
+            "head_major": bool(rng.integers(2)),
+        }
+    if kind == "pages":
         bits = rng.choice([2, 3, 4, 4, 5, 6, 7, 8], 2)
         heads = int(rng.choice([1, 2, 4, 8, 16]))
         head_major = bool(heads == 16 or rng.integers(2))
@@ -169,7 +186,7 @@ def draw_variant(rng: np.random.Generator, pages: bool) -> dict[str, Any]:
     }
 
 
-def draw_problem(rng: np.random.Generator, variant: dict[str, Any], pages: bool) -> dict[str, Any]:
+def draw_problem(rng: np.random.Generator, variant: dict[str, Any], kind: str) -> dict[str, Any]:
     """Everything else."""
     query_len = int(rng.choice([1, 1, 2, 3, 5]))
     groups = [1, 4, 5, 8, 16, 71 if query_len == 1 else 7]
@@ -186,7 +203,7 @@ def draw_problem(rng: np.random.Generator, variant: dict[str, Any], pages: bool)
         "positions": bool(rng.integers(3) == 0),
         "sinks": bool(rng.integers(2)),
         "key_offset": bool(rng.integers(2)),
-        "logits_soft_cap": None if pages or rng.integers(2) else float(rng.uniform(5, 50)),
+        "logits_soft_cap": None if kind == "pages" or rng.integers(2) else float(rng.uniform(5, 50)),
         "sliding_window": None if rng.integers(2) else int(rng.integers(1, 300)),
         "scale": None if rng.integers(2) else float(rng.uniform(0.02, 0.15)),
     }
@@ -221,13 +238,16 @@ def check(settings: dict[str, Any], seed: int) -> dict[str, Any]:
     return {"error": error, "lse error": lse_error, "repeatable": same, "good": good, "seed": seed}
 
 
-def check_many(variants: int, problems: int, seed: int, seconds: float) -> dict[str, Any]:
+def check_many(
+    kinds: Sequence[str], variants: int, problems: int, seed: int, seconds: float
+) -> dict[str, Any]:
     """Problems of many kinds; kernels are compiled by several threads beforehand."""
     rng = np.random.default_rng(seed)
     drawn = []
     for i in range(variants):
-        variant = draw_variant(rng, bool(i % 2))
-        drawn += [(draw_problem(rng, variant, bool(i % 2)), i * 1000 + p) for p in range(problems)]
+        kind = kinds[i % len(kinds)]
+        variant = draw_variant(rng, kind)
+        drawn += [(draw_problem(rng, variant, kind), i * 1000 + p) for p in range(problems)]
     start = time.perf_counter()
     with ThreadPoolExecutor(14) as pool:
         list(pool.map(_compile_first, drawn[::problems]))
@@ -406,6 +426,15 @@ def time_cache_step(batch: int, context: int, stream: Any) -> dict[str, Any]:
     return {"batch": batch, "context": context, "us": us, "host us": host}
 
 
+def time_prefill(stream: Any, **settings: Any) -> dict[str, Any]:
+    """A causal prefill: all tokens of a sequence are query tokens."""
+    n = settings["context"]
+    result = time_step(1.0, stream, True, batch=1, query_len=n, pool_bytes=1, **settings)
+    heads = 8 * settings["group"]
+    operations = 4 * settings.get("head_dim", 128) * heads * n * (n + 1) / 2
+    return {**result, "TFLOP/s": operations / result["us"] / 1e6}
+
+
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of device-to-device copies of 2 GiB."""
     copy = CudaRooflines(2**31).copy()
@@ -452,7 +481,8 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--skip", nargs="*", default=[], choices=["check", "time", "more"])
+    parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
+    parser.add_argument("--skip", nargs="*", default=[], choices=["check", "time", "more", "steps"])
     parser.add_argument("--parts", action="store_true", help="time each launch of a step, too")
     options = parser.parse_args()
     # `with`, for Stream.use() does not survive a `with` of another stream
@@ -474,7 +504,9 @@ def run(options: argparse.Namespace, stream: Any) -> bool:
     print(report, flush=True)
     failed = False
     if "check" not in options.skip:
-        checks = check_many(options.variants, options.problems, options.seed, options.seconds)
+        checks = check_many(
+            options.kinds, options.variants, options.problems, options.seed, options.seconds
+        )
         report["checks"] = checks
         failed |= bool(checks["failed"])
         print({**checks, "failed": len(checks["failed"])}, *checks["failed"][:8], sep="\n")
@@ -524,15 +556,26 @@ def run(options: argparse.Namespace, stream: Any) -> bool:
                 {**base, "kv_heads": 1, "batch": 256},
             ]
         report["times"] = []
-        for settings in timed:
+        for settings in timed if "steps" not in options.skip else []:
             result = time_step(copy, stream, options.parts, **settings)
             report["times"].append(result)
             rest = {k: v for k, v in result.items() if k not in ("us", "of copy", "GB", "parts us")}
             parts = " ".join(f"{p:.1f}" for p in result.get("parts us", []))
             print(f"{result['us']:8.1f} us {result['of copy']:6.1%}  {rest}  {parts}", flush=True)
             options.json.write_text(json.dumps(report, indent=1))
-        report["cache steps"] = [time_cache_step(n, 8192, stream) for n in (32, 1)]
-        print(*report["cache steps"], sep="\n", flush=True)
+        report["prefill"] = []
+        for settings in (
+            {"bits": (4, 4), "context": 8192, "group": 4},
+            {"bits": (2, 2), "context": 8192, "group": 4},
+            {"bits": (8, 8), "context": 8192, "group": 4},
+            {"bits": (4, 4), "context": 1024, "group": 4},
+            {"bits": (4, 4), "context": 8192, "group": 4, "head_dim": 64},
+        ):
+            report["prefill"].append(time_prefill(stream, **settings))
+            print(report["prefill"][-1], flush=True)
+        if "steps" not in options.skip:
+            report["cache steps"] = [time_cache_step(n, 8192, stream) for n in (32, 1)]
+            print(*report["cache steps"], sep="\n", flush=True)
         options.json.write_text(json.dumps(report, indent=1))
     return failed
 

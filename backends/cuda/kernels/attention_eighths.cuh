@@ -45,4 +45,27 @@ __device__ __forceinline__ void transform_eighth(float (&v)[LANE_DIMS], int part
     for (int i = 0; i < LANE_DIMS; i++) v[i] = fmaf(v[i], sign, __shfl_xor_sync(FULL_WARP, v[i], h));
   }
 }
+// Dims of a row of the query, 16 bytes at a time.
+__device__ __forceinline__ void load_dims(const Args& a, i64 at, float (&v)[LANE_DIMS]) {
+  if (a.query_dtype == FLOAT32) {
+#pragma unroll
+    for (int i = 0; i < LANE_DIMS / 4; i++) {
+      const uint4 x = ((const uint4*)((const float*)a.query + at))[i];
+      v[4 * i] = __uint_as_float(x.x), v[4 * i + 1] = __uint_as_float(x.y);
+      v[4 * i + 2] = __uint_as_float(x.z), v[4 * i + 3] = __uint_as_float(x.w);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < LANE_DIMS / 8; i++) {
+    const uint4 x = ((const uint4*)((const u16*)a.query + at))[i];
+    if (a.query_dtype == FLOAT16) {
+      unpack_halves(x, v + 8 * i);
+    } else {
+      const u32 w[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int k = 0; k < 8; k++) v[8 * i + k] = __uint_as_float(k % 2 ? w[k / 2] & 0xffff0000u : w[k / 2] << 16);
+    }
+  }
+}
 #endif

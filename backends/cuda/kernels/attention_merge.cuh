@@ -37,6 +37,11 @@ __device__ __forceinline__ PartsOfRow parts_of_row(const Args& a, const i64* pla
   const Sequence q = sequence(a, s);
   const u32 r = (u32)(token - q.first_token) * a.group + head % a.group;
   const u32 tile = r / a.tile_rows, tile_row = r % a.tile_rows, units = num_units(a, q);
+#if defined(PREFILL) && PREFILL
+  p.first = (items + tile) * a.num_ranges * p.stride + (i64)(head / a.group) * a.tile_rows + tile_row;
+  p.count = a.num_ranges;
+  return p;
+#endif
   if (units > 0) {  // which ranges hold the first and the last unit of this item
     const u64 begin = before + (u64)tile * units, end = begin + units;
     const u32 ranges = (u32)(total < a.num_ranges ? total : a.num_ranges);

@@ -10,6 +10,7 @@
 // V: lane (g, c) reads run g of V_OCTETS * 8 dims of tokens 2c, 2c + 1, 2c + 8, 2c + 9.
 // g = lane / 4, c = lane % 4, as in the mma fragments.
 #pragma once
+#include "attention_codes.cuh"
 #include "attention_common.cuh"
 
 #define WARPS 4
@@ -25,33 +26,6 @@
 #define TILES (V_OCTETS * 8)             // of 8 dims each in O
 #define LAZY 5.f                         // raise the maximum only if exceeded by 2^5
 #define NORM_LIMIT 1024.f                // 2^5 * 2^10 fits float16
-
-// BYTES bytes of a packed vector from byte `begin`, as big-endian words; zero behind its end.
-template <int BYTES, int ALIGN, int PACKED, int WORDS>
-__device__ __forceinline__ void load_codes(u32 (&w)[WORDS], const u8* p, int begin) {
-  constexpr bool WHOLE = PACKED % BYTES == 0;
-#pragma unroll
-  for (int i = 0; i < WORDS; i++) w[i] = 0;
-#pragma unroll
-  for (int i = 0; i < BYTES; i += ALIGN) {
-    if (!(WHOLE ? begin < PACKED : begin + i < PACKED)) continue;
-    if (ALIGN == 16) {
-      const uint4 x = *(const uint4*)(p + begin + i);
-      w[i / 4] = x.x, w[i / 4 + 1] = x.y, w[i / 4 + 2] = x.z, w[i / 4 + 3] = x.w;
-    } else if (ALIGN == 8) {
-      const uint2 x = *(const uint2*)(p + begin + i);
-      w[i / 4] = x.x, w[i / 4 + 1] = x.y;
-    } else if (ALIGN == 4) {
-      w[i / 4] = *(const u32*)(p + begin + i);
-    } else if (ALIGN == 2) {
-      w[i / 4] |= (u32)*(const u16*)(p + begin + i) << 8 * (i % 4);
-    } else {
-      w[i / 4] |= (u32)p[begin + i] << 8 * (i % 4);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < WORDS; i++) w[i] = __byte_perm(w[i], 0, 0x0123);
-}
 
 // Code i of a run: the first index has the high bits.
 template <int BITS, int WORDS> __device__ __forceinline__ u32 code(const u32 (&w)[WORDS], int i) {

@@ -1,0 +1,392 @@
+// attention_prefill: partial attention for many query rows of a kv head, as prefill has them; any bits,
+// block size and strides, head_dim a multiple of 32 up to 128; compute capability 9.0a.
+//
+//   S = Q K^T   (A = 64 query rows x 16 dims in shared memory, B = dequantised K: 16 dims x 128 tokens)
+//   O = P V     (A = 64 query rows x 16 tokens in registers,   B = dequantised V: 16 tokens x D dims)
+//
+// A block has TILE_ROWS query rows of one kv head and one split of the tokens that they see.  Four
+// warps dequantise tiles of TILE_TOKENS tokens from global memory into rings of float16 tiles in shared
+// memory, which two groups of four warps with 64 rows each multiply with: a code is looked up once for
+// all rows of the block.  The scales of the vectors stay apart: those of keys multiply the scores, those
+// of values the softmax weights.
+//
+// A matrix in shared memory is made of 8x8 tiles, 8 rows of 16 bytes: [dims / 8][rows / 8][row][dim].
+//
+// Macros: D, KEY_BITS, VALUE_BITS, BLOCK_SIZE, K_ALIGN, V_ALIGN (bytes a load of codes may take at
+// once), UNIT (tokens of a tile), PREFILL.
+#pragma once
+#include "attention_codes.cuh"
+#include "attention_common.cuh"
+#include "attention_wgmma.cuh"
+
+#define TILE_TOKENS UNIT
+#define GROUPS 2                       // of four warps that multiply
+#define GROUP_ROWS 64
+#define TILE_ROWS (GROUPS * GROUP_ROWS)
+#define PREFILL_THREADS (128 * (GROUPS + 1))
+#define STAGES 2
+#define PRODUCER_REGISTERS 88          // with 208 for the others as many as 168 for all
+#define CONSUMER_REGISTERS 208
+#define LAZY 5.f                       // raise the maximum only if exceeded by 2^5
+#define NORM_LIMIT 1024.f              // 2^5 * 2^10 fits float16
+
+// Tables: entry i of a side lies in all banks.  Up to 4 bits it is a pair of codes, else one code.
+#define FIELDS(bits) (1 << ((bits) <= 4 ? 2 * (bits) : (bits)))
+#define K_TABLE 0
+#define V_TABLE (128 * FIELDS(KEY_BITS))
+#define KEYS_AT (V_TABLE + 128 * FIELDS(VALUE_BITS))
+#define TILE_BYTES (TILE_TOKENS * D * 2)
+#define VALUES_AT (KEYS_AT + STAGES * TILE_BYTES)
+#define QUERY_AT (VALUES_AT + STAGES * TILE_BYTES)
+#define GROUP_BYTES (GROUP_ROWS * D * 2)
+#define NORMS_AT (QUERY_AT + GROUPS * GROUP_BYTES)     // [stage][side][token]
+#define BARRIERS_AT (NORMS_AT + STAGES * 2 * TILE_TOKENS * 4)
+#define PREFILL_BYTES (BARRIERS_AT + 4 * STAGES * 8)
+
+#define RUN (D / 4)                    // dims of a vector that a lane dequantises
+#define RUN_BYTES(bits) (RUN * (bits) / 8)
+#define RUN_WORDS(bits) ((RUN_BYTES(bits) + 3) / 4)
+#define TOKENS_A_WARP (TILE_TOKENS / 4)
+#define SUMS (D % 64 ? 16 : 32)        // registers of a lane for 32 or 64 dims of output
+#define OUT_DIMS (2 * SUMS)
+
+static_assert(PREFILL && D % 32 == 0 && D <= 128 && TILE_TOKENS == 128, "attention_prefill");
+
+enum { KEY_FULL, KEY_EMPTY, VALUE_FULL, VALUE_EMPTY };
+__device__ __forceinline__ u32 prefill_barrier(u32 smem, int kind, u32 stage) {
+  return smem + BARRIERS_AT + 8 * (STAGES * kind + stage);
+}
+
+// What a block does: one tile of rows of a sequence, tokens of tiles begin .. end - 1.
+struct Share {
+  Segment segment;  // but for begin and count
+  Rows rows;
+  int begin, end, kv_head;
+};
+// False if there is no such share.  The latest query rows of a batch, which see most, come first.
+__device__ __forceinline__ bool find_share(const Args& a, Share& share) {
+  const i64* items_before = a.plan + a.num_seqs + 1;
+  const i64 item = items_before[a.num_seqs] - 1 - blockIdx.x / a.num_kv_heads;
+  if (item < 0) return false;
+  share.kv_head = blockIdx.x % a.num_kv_heads;
+  Segment& g = share.segment;
+  g.s = find_sequence(items_before, a.num_seqs, item);
+  g.q = sequence(a, g.s);
+  g.tile = (int)(item - items_before[g.s]);
+  g.begin = g.count = 0;
+  g.slot = item * gridDim.y + blockIdx.y;
+  share.rows = rows_of(a, g);
+  const int first = share.rows.low / TILE_TOKENS;
+  const int count = max(0, share.rows.high >= share.rows.low ? share.rows.high / TILE_TOKENS + 1 - first : 0);
+  share.begin = first + (int)((i64)count * blockIdx.y / gridDim.y);
+  share.end = first + (int)((i64)count * (blockIdx.y + 1) / gridDim.y);
+  return true;
+}
+
+template <int BITS> __device__ __forceinline__ void fill_prefill_table(u8* table, const float* c, int tid) {
+  for (int i = tid; i < 8 * FIELDS(BITS); i += PREFILL_THREADS) {
+    const int field = i / 8;
+    const u32 x = BITS <= 4 ? pack_half2(c[field >> BITS], c[field & ((1 << BITS) - 1)]) : pack_half2(c[field], 0.f);
+    ((uint4*)table)[i] = make_uint4(x, x, x, x);
+  }
+}
+
+// ---- the warps that dequantise
+
+// Bits [bit, bit + count) of big-endian words as the address of a table entry in this lane's bank.
+template <int WORDS> __device__ __forceinline__ u32 entry_address(const u32 (&w)[WORDS], int bit, int count, u32 bank) {
+  const int word = bit / 32, right = 64 - bit % 32 - count - 7;  // of two words, to leave the field at bit 7
+  const u32 next = word + 1 < WORDS ? w[word + 1 < WORDS ? word + 1 : word] : 0;
+  const u32 x = right >= 32 ? w[word] >> (right - 32) : __funnelshift_r(next, w[word], right);
+  return (x & (((1u << count) - 1) << 7)) | bank;
+}
+// Codes 2 i and 2 i + 1 of a run as float16.
+template <int BITS, int TABLE, int WORDS> __device__ __forceinline__ u32 look_pair(const u32 (&w)[WORDS], int i, u32 bank) {
+  if (BITS <= 4) return table32<TABLE>(entry_address(w, 2 * BITS * i, 2 * BITS, bank));
+  const u32 first = table32<TABLE>(entry_address(w, 2 * BITS * i, BITS, bank));
+  return __byte_perm(first, table32<TABLE>(entry_address(w, 2 * BITS * i + BITS, BITS, bank)), 0x5410);
+}
+
+template <int BITS, int ALIGN> struct Codes {  // of a lane: RUN dims of every eighth token of its warp
+  u32 words[TOKENS_A_WARP / 8][RUN_WORDS(BITS)];
+  __device__ __forceinline__ void load(const u8* base, i64 block_stride, i64 token_stride, const i64* blocks, const int* tokens, int quarter) {
+#pragma unroll
+    for (int i = 0; i < TOKENS_A_WARP / 8; i++)
+      load_bytes<RUN_BYTES(BITS), ALIGN, 4 * RUN_BYTES(BITS)>(
+          words[i], base + blocks[i] * block_stride + tokens[i] * token_stride, quarter * RUN_BYTES(BITS));
+  }
+  // to: address of the first row of this lane
+  template <int TABLE> __device__ __forceinline__ void put(u32 to, u32 bank) {
+#pragma unroll
+    for (int i = 0; i < TOKENS_A_WARP / 8; i++) {
+      swap_bytes(words[i]);  // not before: the loads are on their way while others wait
+#pragma unroll
+      for (int k = 0; k < RUN / 8; k++) {
+        u32 x[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) x[j] = look_pair<BITS, TABLE>(words[i], 4 * k + j, bank);
+        store128(to + k * 16 * TILE_TOKENS + i * 128, make_uint4(x[0], x[1], x[2], x[3]));
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ void dequantise(const Args& a, const Share& share, u32 smem, int tid) {
+  const int lane = tid & 31, warp = tid >> 5, quarter = lane >> 3, first = warp * TOKENS_A_WARP + (lane & 7);
+  const int* table = a.block_tables + share.segment.s * a.table_row_stride;
+  const u8* keys = a.k_packed + share.kv_head * a.k_head_stride;
+  const u8* values = a.v_packed + share.kv_head * a.v_head_stride;
+  const float* key_norms = a.k_norms + share.kv_head * a.kn_head_stride;
+  const float* value_norms = a.v_norms + share.kv_head * a.vn_head_stride;
+  const u32 bank = 4 * lane, to = smem + KEYS_AT + quarter * (RUN / 8) * 16 * TILE_TOKENS + first * 16;
+  const int high = share.rows.high, low = share.rows.low;
+
+  i64 blocks[TOKENS_A_WARP / 8], block;      // of the tokens whose codes, and whose norms, this lane loads
+  int tokens[TOKENS_A_WARP / 8], token;      // their places in these blocks
+  auto locate = [&](int u) {
+    auto of = [&](int t, i64& b, int& place) {
+      t = max(low, min(u * TILE_TOKENS + t, high));
+      b = table[(i64)(t / BLOCK_SIZE) * a.table_step];
+      place = t % BLOCK_SIZE;
+    };
+#pragma unroll
+    for (int i = 0; i < TOKENS_A_WARP / 8; i++) of(first + 8 * i, blocks[i], tokens[i]);
+    of(tid, block, token);
+  };
+  Codes<KEY_BITS, K_ALIGN> k;
+  Codes<VALUE_BITS, V_ALIGN> v;
+  float norm[2];
+  auto load_keys = [&] {
+    k.load(keys, a.k_block_stride, a.k_token_stride, blocks, tokens, quarter);
+    norm[0] = key_norms[block * a.kn_block_stride + token * a.kn_token_stride];
+  };
+  auto load_values = [&] {
+    v.load(values, a.v_block_stride, a.v_token_stride, blocks, tokens, quarter);
+    norm[1] = value_norms[block * a.vn_block_stride + token * a.vn_token_stride];
+  };
+  auto put_norm = [&](int side, int u, u32 stage) {
+    const int t = u * TILE_TOKENS + tid;
+    store32(smem + NORMS_AT + ((2 * stage + side) * TILE_TOKENS + tid) * 4, t < low || t > high ? 0u : __float_as_uint(norm[side]));
+  };
+  auto hand_over = [&](int kind, u32 stage) {
+    fence_async();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(prefill_barrier(smem, kind, stage));
+  };
+
+  if (share.begin < share.end) {
+    locate(share.begin);
+    load_keys();
+    load_values();
+  }
+  u32 stage = 0, phase = 1;
+#pragma unroll 1
+  for (int u = share.begin; u < share.end; u++) {
+    const bool more = u + 1 < share.end;
+    if (more) locate(u + 1);
+    barrier_wait(prefill_barrier(smem, KEY_EMPTY, stage), phase);
+    put_norm(0, u, stage);
+    k.put<K_TABLE>(to + stage * TILE_BYTES, bank);
+    hand_over(KEY_FULL, stage);
+    if (more) load_keys();
+    barrier_wait(prefill_barrier(smem, VALUE_EMPTY, stage), phase);
+    put_norm(1, u, stage);
+    v.put<V_TABLE>(to + stage * TILE_BYTES + VALUES_AT - KEYS_AT, bank);
+    hand_over(VALUE_FULL, stage);
+    if (more) load_values();
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+}
+
+// ---- the warps that multiply
+
+__device__ __forceinline__ void stage_query(const Args& a, const Share& share, u32 to, int group, int thread) {
+#pragma unroll
+  for (int i = thread; i < GROUP_ROWS * D / 8; i += 128) {
+    const int row = i % 8 + i / 32 % 8 * 8, chunk = i / 8 % 4 + i / 256 * 4;  // 8 rows of 4 chunks a warp
+    const int r = group * GROUP_ROWS + row;
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (r < share.rows.count)
+      x = ((const uint4*)(a.q_rows + query_row(a, share.segment, share.rows, r, share.kv_head) * Q_PITCH))[chunk];
+    store128(to + (chunk * GROUP_ROWS + row) * 16, x);
+  }
+}
+
+__device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 smem, int group, int thread) {
+  const int lane = thread & 31, warp = thread >> 5, g = lane >> 2, c = lane & 3;
+  const u32 query_at = smem + QUERY_AT + group * GROUP_BYTES;
+  stage_query(a, share, query_at, group, thread);
+  // Rows g and g + 8 of the 16 of this warp: what they see, and their scores' factors.
+  int row[2], low[2], high[2];
+  float factor[2], shift[2];
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    row[e] = group * GROUP_ROWS + 16 * warp + g + 8 * e;
+    row_limits(a, share.segment, share.rows, row[e], low[e], high[e]);
+    const float2 f = row[e] < share.rows.count
+        ? a.q_factors[query_row(a, share.segment, share.rows, row[e], share.kv_head)] : make_float2(1.f, 0.f);
+    factor[e] = f.x, shift[e] = f.y;
+  }
+  const bool capped = a.soft_cap_log2 != 0.f;
+  const float gain[2] = {capped ? 1.f : factor[0], capped ? 1.f : factor[1]};  // of what x becomes
+  fence_async();
+  named_barrier(1 + group, 128);
+  const u64 query = wgmma_matrix(query_at, 16 * GROUP_ROWS, 128);
+  const u64 keys = wgmma_matrix(smem + KEYS_AT, 16 * TILE_TOKENS, 128);
+  const u64 values = wgmma_matrix(smem + VALUES_AT, 128, 16 * TILE_TOKENS);
+
+  // x: [tokens 8 j + 2 c, + 1][row g: 0, 1; g + 8: 2, 3]; o likewise with dims.
+  float x[TILE_TOKENS / 2], o[D / OUT_DIMS][SUMS], top[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
+  float up = 1.2676506e30f;  // 2^100; value norms are multiplied by it, see NORM_LIMIT
+#pragma unroll
+  for (int b = 0; b < D / OUT_DIMS; b++)
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) o[b][i] = 0.f;
+
+  u32 stage = 0, phase = 0;
+#pragma unroll 1
+  for (int u = share.begin; u < share.end; u++) {
+    const u32 norms = smem + NORMS_AT + stage * 2 * TILE_TOKENS * 4 + 8 * c;
+    barrier_wait(prefill_barrier(smem, KEY_FULL, stage), phase);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+      wgmma_128(x, query + k * (2 * 16 * GROUP_ROWS >> 4), keys + ((stage * TILE_BYTES + k * 2 * 16 * TILE_TOKENS) >> 4), k > 0);
+    wgmma_commit();
+    wgmma_wait();
+    settle_sums(x);
+#pragma unroll
+    for (int j = 0; j < TILE_TOKENS / 8; j++) {
+      const uint2 n = ring64(norms + 32 * j);
+      x[4 * j] *= __uint_as_float(n.x), x[4 * j + 2] *= __uint_as_float(n.x);
+      x[4 * j + 1] *= __uint_as_float(n.y), x[4 * j + 3] *= __uint_as_float(n.y);
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(prefill_barrier(smem, KEY_EMPTY, stage));
+
+    if (capped) {  // c tanh(x), exact to float32 rounding of c
+#pragma unroll
+      for (int i = 0; i < TILE_TOKENS / 2; i++) {
+        const float y = fmaf(x[i], factor[i / 2 % 2], shift[i / 2 % 2]);
+        x[i] = a.soft_cap_log2 - 2.f * a.soft_cap_log2 * __fdividef(1.f, 1.f + exp2_approx(2.f * LOG2_E * y));
+      }
+    }
+    const int first_token = u * TILE_TOKENS;
+    if (first_token + TILE_TOKENS - 1 > share.rows.all_high || first_token < share.rows.all_low) {
+#pragma unroll
+      for (int i = 0; i < TILE_TOKENS / 2; i++) {
+        const int t = first_token + i / 4 * 8 + 2 * c + i % 2, e = i / 2 % 2;
+        if (t > high[e] || t < low[e]) x[i] = __uint_as_float(0xff800000u);
+      }
+    }
+    barrier_wait(prefill_barrier(smem, VALUE_FULL, stage), phase);
+    // Exponents relative to a lazy running maximum.  Weights p * norm go to float16 as
+    // p * (norm * up), p <= 2^5; `up` is a power of two that keeps norm * up below 2^10.
+    float most[2] = {x[0], x[2]}, norm = 0.f;
+#pragma unroll
+    for (int i = 0; i < TILE_TOKENS / 2; i++) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], x[i]);
+#pragma unroll
+    for (int k = 0; k < TILE_TOKENS / 32; k++)
+      norm = fmaxf(norm, fabsf(__uint_as_float(ring32(norms - 8 * c + (TILE_TOKENS + 32 * k + lane) * 4))));
+    const bool raise = most[0] * gain[0] > top[0] + LAZY || most[1] * gain[1] > top[1] + LAZY;
+    if (__any_sync(FULL_WARP, raise || norm * up > NORM_LIMIT)) {
+      float change = 1.f;
+      norm = warp_max(norm);
+      if (norm * up > NORM_LIMIT) {  // norm * up becomes 8 to 16
+        const u32 exponent = __float_as_uint(norm) >> 23;
+        const float next = __uint_as_float((257 - min(exponent, 250u)) << 23);
+        change = next / up;
+        up = next;
+      }
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        float now = most[e];
+        now = fmaxf(now, __shfl_xor_sync(FULL_WARP, now, 1));
+        now = fmaxf(now, __shfl_xor_sync(FULL_WARP, now, 2));
+        now = fmaxf(now * gain[e], top[e]);
+        const float down = exp2_approx(top[e] - now);
+        top[e] = now;
+        sum[e] *= down;
+#pragma unroll
+        for (int b = 0; b < D / OUT_DIMS; b++)
+#pragma unroll
+          for (int i = 0; i < SUMS; i += 4) o[b][i + 2 * e] *= down * change, o[b][i + 2 * e + 1] *= down * change;
+      }
+    }
+    u32 p[TILE_TOKENS / 16][4];
+#pragma unroll
+    for (int j = 0; j < TILE_TOKENS / 8; j++) {
+      const uint2 n = ring64(norms + TILE_TOKENS * 4 + 32 * j);
+      const float weight[2] = {__uint_as_float(n.x) * up, __uint_as_float(n.y) * up};
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const float w0 = exp2_approx(fmaf(x[4 * j + 2 * e], gain[e], -top[e]));
+        const float w1 = exp2_approx(fmaf(x[4 * j + 2 * e + 1], gain[e], -top[e]));
+        sum[e] += w0 + w1;
+        p[j / 2][j % 2 * 2 + e] = pack_half2(w0 * weight[0], w1 * weight[1]);
+      }
+    }
+    settle(p);
+#pragma unroll
+    for (int b = 0; b < D / OUT_DIMS; b++) settle_sums(o[b]);
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < TILE_TOKENS / 16; j++)
+#pragma unroll
+      for (int b = 0; b < D / OUT_DIMS; b++)
+        wgmma_across(o[b], p[j], values + ((stage * TILE_BYTES + j * 2 * 128 + b * OUT_DIMS / 8 * 16 * TILE_TOKENS) >> 4));
+    wgmma_commit();
+    wgmma_wait();
+#pragma unroll
+    for (int b = 0; b < D / OUT_DIMS; b++) settle_sums(o[b]);
+    if (lane == 0) barrier_arrive(prefill_barrier(smem, VALUE_EMPTY, stage));
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+
+  // Write the part.
+  const i64 part = share.segment.slot * a.num_kv_heads + share.kv_head;
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    sum[e] += __shfl_xor_sync(FULL_WARP, sum[e], 1);
+    sum[e] += __shfl_xor_sync(FULL_WARP, sum[e], 2);
+    if (row[e] >= share.rows.count) continue;
+    const float inverse = sum[e] > 0.f ? __fdividef(1.f, sum[e]) : 0.f;
+    const i64 at = part * a.tile_rows + row[e];
+    u32* to = (u32*)(a.parts + at * O_PITCH) + c;
+#pragma unroll
+    for (int b = 0; b < D / OUT_DIMS; b++)
+#pragma unroll
+      for (int j = 0; j < OUT_DIMS / 8; j++)
+        to[(b * OUT_DIMS + 8 * j) / 2] = pack_half2(o[b][4 * j + 2 * e] * inverse, o[b][4 * j + 2 * e + 1] * inverse);
+    if (c == 0)
+      a.part_scales[at] = make_float2(
+          sum[e] > 0.f ? top[e] + log2_approx(sum[e]) + (capped ? 0.f : shift[e]) : __uint_as_float(0xff800000u), 1.f / up);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) attention_prefill(const Args a) {
+  const u32 smem = shared_address(dynamic_shared());
+  if (smem != SMEM_BASE) trap();  // table32 has it as a constant
+  const int tid = threadIdx.x, group = tid / 128;
+  Share share;
+  if (!find_share(a, share)) return;
+  fill_prefill_table<KEY_BITS>(dynamic_shared() + K_TABLE, a.k_centroids, tid);
+  fill_prefill_table<VALUE_BITS>(dynamic_shared() + V_TABLE, a.v_centroids, tid);
+  if (tid == 0) {
+    for (u32 i = 0; i < STAGES; i++) {
+      barrier_init(prefill_barrier(smem, KEY_FULL, i), 4);
+      barrier_init(prefill_barrier(smem, VALUE_FULL, i), 4);
+      barrier_init(prefill_barrier(smem, KEY_EMPTY, i), 4 * GROUPS);
+      barrier_init(prefill_barrier(smem, VALUE_EMPTY, i), 4 * GROUPS);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (group == GROUPS) {
+    give_registers<PRODUCER_REGISTERS>();
+    dequantise(a, share, smem, tid - 128 * GROUPS);
+  } else {
+    take_registers<CONSUMER_REGISTERS>();
+    multiply(a, share, smem, group, tid % 128);
+  }
+}
