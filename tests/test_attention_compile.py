@@ -59,10 +59,10 @@ def plan_of(
     return make_plan(k, v, shapes, num_sms=132, bulk_copies=bulk_copies, dense=dense)
 
 
-def spills_and_registers(plan: Plan, arch: int) -> dict[str, tuple[int, int]]:
-    """Compile a plan's kernels; {kernel: (bytes spilled, registers)}."""
+def spills_and_registers(plan: Plan, arch: int, more: str = "") -> dict[str, tuple[int, int]]:
+    """Compile a plan's kernels and `more`; {kernel: (bytes spilled, registers)}."""
     source = attention.step_source(plan.source, plan.macros) + (
-        f"static_assert(sizeof(Args) == {attention.argument_dtype().itemsize});"
+        f"static_assert(sizeof(Args) == {attention.argument_dtype().itemsize});{more}"
     )
     try:
         program = nvrtc.createProgram(source, plan.source, [], [])
@@ -129,6 +129,22 @@ def test_wide_kernel_spills_little(key_bits: int, query_len: int, dense: bool, m
     spill, registers = spills_and_registers(plan, 90)["attention_wide"]
     assert spill <= most
     assert registers * plan.threads <= 65536
+
+
+@pytest.mark.parametrize(
+    ("bits", "head_dim", "dense"),
+    [((4, 4), 128, False), ((8, 3), 128, False), ((1, 6), 96, False), ((2, 5), 64, True)],
+)
+def test_prefill_kernel_does_not_spill(bits: tuple[int, int], head_dim: int, dense: bool) -> None:
+    plan = plan_of(bits, head_dim, 16, bulk_copies=True, query_len=99, dense=dense)
+    assert plan.kernel == "attention_prefill"
+    size = f"static_assert(PREFILL_BYTES == {plan.shared_bytes});"
+    used = spills_and_registers(plan, 90, size)
+    assert used["attention_prefill"] == (0, 168)  # 88 and 208 of the two kinds of warps
+    assert used["attention_query"][0] == used["attention_merge"][0] == 0
+    fours = {name for name in used if name.endswith("fours")}
+    assert len(fours) == (2 if head_dim != 96 and not dense else 0)
+    assert all(used[name][0] == 0 for name in fours)
 
 
 @pytest.mark.parametrize(

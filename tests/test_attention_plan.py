@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from turboquant_np import TurboQuant
@@ -91,8 +91,12 @@ def plan(k: Any, v: Any, s: Shapes, *, bulk_copies: bool = True) -> Plan:
         ("pages", (4, 2), 128, {"query_len": 8, "num_tokens": 32}),
         ("pages", (4, 4), 128, {"query_len": 8, "num_tokens": 32, "order": "token"}),
         ("pages", (4, 4), 128, {"query_len": 8, "num_tokens": 32, "num_kv_heads": 2}),
-        ("split", (4, 4), 128, {"query_len": 17, "num_tokens": 68}),
-        ("split", (4, 4), 128, {"query_len": 0, "num_tokens": 80}),
+        ("prefill", (4, 4), 128, {"query_len": 17, "num_tokens": 68}),
+        ("prefill", (4, 4), 128, {"query_len": 0, "num_tokens": 80}),
+        ("prefill", (1, 7), 96, {"query_len": 100, "num_tokens": 400, "soft_cap": True}),
+        ("prefill", (8, 8), 64, {"query_len": 99, "num_tokens": 396, "block_size": 7}),
+        ("split", (4, 4), 80, {"query_len": 99, "num_tokens": 396}),
+        ("split", (4, 4), 256, {"query_len": 99, "num_tokens": 396}),
     ],
 )
 def test_which_kernel_runs(
@@ -117,6 +121,7 @@ def test_parts_have_slots_of_their_own(
     lens: list[int], query_len: int, group: int, bulk_copies: bool
 ) -> None:
     """Cut the list of units as the kernels do, and look at the slots that are written."""
+    assume(query_len * group <= attention_plan.PAGES_MOST_ROWS)  # else tokens are cut otherwise
     k, v = specs()
     s = shapes(
         k,
@@ -138,6 +143,44 @@ def test_parts_have_slots_of_their_own(
     ]
     assert len(set(slots)) == len(slots)
     assert max(slots, default=0) < p.slots
+
+
+@given(
+    st.integers(1, 40), st.integers(0, 600), st.sampled_from([1, 4, 71]), st.sampled_from([1, 3, 8])
+)
+def test_blocks_of_a_prefill(num_seqs: int, query_len: int, group: int, kv_heads: int) -> None:
+    """Each tile of rows of a kv head has a block, or several that do not overfill the device."""
+    k, v = specs()
+    num_tokens = num_seqs * (query_len or 300)
+    s = shapes(
+        k,
+        v,
+        num_seqs=num_seqs,
+        num_tokens=num_tokens,
+        query_len=query_len,
+        group=group,
+        num_kv_heads=kv_heads,
+    )
+    assume(s.rows_per_seq > attention_plan.PAGES_MOST_ROWS)
+    p = plan(k, v, s)
+    blocks, splits = p.grid
+    most = num_seqs + num_tokens * group // 128  # each sequence may have a tile that is not full
+    tiles = num_seqs * math.ceil(query_len * group / 128) if query_len else most
+    assert blocks == tiles * kv_heads
+    assert splits == 1 or blocks * splits <= SMS
+    assert 1 <= splits <= math.ceil(64 * 16 / 128)  # of the longest context
+    assert splits == p.num_ranges
+    offset, size = p.scratch["parts"]
+    assert size >= blocks * splits * 128 * 128 * 2
+    assert offset + size <= p.scratch_bytes
+
+
+@pytest.mark.parametrize(("bits", "head_dim"), [((4, 4), 128), ((8, 8), 128), ((5, 4), 96)])
+def test_tiles_of_a_prefill_fit_a_block(bits: tuple[int, int], head_dim: int) -> None:
+    k, v = specs(bits, head_dim)
+    p = plan(k, v, shapes(k, v, query_len=64, num_tokens=256))
+    assert p.kernel == "attention_prefill"
+    assert p.shared_bytes <= 232448  # the most a block may have on a device of capability 9.0
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(32, 256), st.integers(0, 64))

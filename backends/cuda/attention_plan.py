@@ -236,7 +236,7 @@ def _prefill_plan(
     macros: Mapping[str, int],
     dense: bool,
 ) -> Plan:
-    """A block for each tile of query rows and kv head; if these are few, several split its tokens."""
+    """A block for each tile of query rows and kv head, or several, which split its tokens."""
     macros = {
         **macros,
         "PREFILL": 1,
@@ -275,8 +275,8 @@ def _prefill_plan(
 
 
 def prefill_shared_bytes(key: CodecSpec, value: CodecSpec) -> int:
-    """PREFILL_BYTES of attention_prefill: tables, two stages of tiles, query rows, norms, barriers."""
-    tables = sum(128 * 2 ** (2 * q.bits if q.bits <= 4 else q.bits) for q in (key, value))
+    """PREFILL_BYTES of attention_prefill: tables, two stages of tiles, query rows, the rest."""
+    tables = sum(128 << (2 * q.bits if q.bits <= 4 else q.bits) for q in (key, value))
     rows = 4 * PREFILL_TILE + PREFILL_ROWS
     return tables + rows * key.head_dim * 2 + 4 * PREFILL_TILE * 4 + 64
 

@@ -203,7 +203,9 @@ def draw_problem(rng: np.random.Generator, variant: dict[str, Any], kind: str) -
         "positions": bool(rng.integers(3) == 0),
         "sinks": bool(rng.integers(2)),
         "key_offset": bool(rng.integers(2)),
-        "logits_soft_cap": None if kind == "pages" or rng.integers(2) else float(rng.uniform(5, 50)),
+        "logits_soft_cap": None
+        if kind == "pages" or rng.integers(2)
+        else float(rng.uniform(5, 50)),
         "sliding_window": None if rng.integers(2) else int(rng.integers(1, 300)),
         "scale": None if rng.integers(2) else float(rng.uniform(0.02, 0.15)),
     }

@@ -25,6 +25,7 @@
 #define TILE_ROWS (GROUPS * GROUP_ROWS)
 #define PREFILL_THREADS (128 * (GROUPS + 1))
 #define STAGES 2
+#define TURN 3                         // named barriers of the groups
 #define PRODUCER_REGISTERS 88          // with 208 for the others as many as 168 for all
 #define CONSUMER_REGISTERS 208
 #define LAZY 5.f                       // raise the maximum only if exceeded by 2^5
@@ -107,25 +108,36 @@ template <int BITS, int TABLE, int WORDS> __device__ __forceinline__ u32 look_pa
   return __byte_perm(first, table32<TABLE>(entry_address(w, 2 * BITS * i + BITS, BITS, bank)), 0x5410);
 }
 
-template <int BITS, int ALIGN> struct Codes {  // of a lane: RUN dims of every eighth token of its warp
-  u32 words[TOKENS_A_WARP / 8][RUN_WORDS(BITS)];
-  __device__ __forceinline__ void load(const u8* base, i64 block_stride, i64 token_stride, const i64* blocks, const int* tokens, int quarter) {
+// Where the next tokens of a lane are that it loads: BATCH of every eighth token of its warp.
+#define BATCH (TOKENS_A_WARP / 16)
+struct Places {
+  i64 blocks[2 * BATCH];
+  int tokens[2 * BATCH];
+};
+// Codes of one side: RUN dims of BATCH tokens a lane, `half` 0 or 1 of those of its warp in a tile.
+template <int BITS, int ALIGN> struct Codes {
+  u32 words[BATCH][RUN_WORDS(BITS)];
+  __device__ __forceinline__ void load(const u8* base, i64 block_stride, i64 token_stride, const Places& from, int half) {
 #pragma unroll
-    for (int i = 0; i < TOKENS_A_WARP / 8; i++)
-      load_bytes<RUN_BYTES(BITS), ALIGN, 4 * RUN_BYTES(BITS)>(
-          words[i], base + blocks[i] * block_stride + tokens[i] * token_stride, quarter * RUN_BYTES(BITS));
+    for (int i = 0; i < BATCH; i++)
+      load_bytes<RUN_BYTES(BITS), ALIGN, RUN_BYTES(BITS)>(
+          words[i], base + from.blocks[half * BATCH + i] * block_stride + from.tokens[half * BATCH + i] * token_stride, 0);
   }
-  // to: address of the first row of this lane
+  // to: address of the lane's row of the first token.  Look-ups come before stores, as a look-up would
+  // not be moved before a store.
   template <int TABLE> __device__ __forceinline__ void put(u32 to, u32 bank) {
+    constexpr int CHUNKS = RUN / 8, AT_ONCE = BITS <= 4 || CHUNKS % 2 ? CHUNKS : 2;
 #pragma unroll
-    for (int i = 0; i < TOKENS_A_WARP / 8; i++) {
+    for (int i = 0; i < BATCH; i++) {
       swap_bytes(words[i]);  // not before: the loads are on their way while others wait
 #pragma unroll
-      for (int k = 0; k < RUN / 8; k++) {
-        u32 x[4];
+      for (int first = 0; first < CHUNKS; first += AT_ONCE) {
+        u32 x[4 * AT_ONCE];
 #pragma unroll
-        for (int j = 0; j < 4; j++) x[j] = look_pair<BITS, TABLE>(words[i], 4 * k + j, bank);
-        store128(to + k * 16 * TILE_TOKENS + i * 128, make_uint4(x[0], x[1], x[2], x[3]));
+        for (int k = 0; k < 4 * AT_ONCE; k++) x[k] = look_pair<BITS, TABLE>(words[i], 4 * first + k, bank);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+          store128(to + (first + k) * 16 * TILE_TOKENS + i * 128, make_uint4(x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]));
       }
     }
   }
@@ -134,39 +146,39 @@ template <int BITS, int ALIGN> struct Codes {  // of a lane: RUN dims of every e
 __device__ __forceinline__ void dequantise(const Args& a, const Share& share, u32 smem, int tid) {
   const int lane = tid & 31, warp = tid >> 5, quarter = lane >> 3, first = warp * TOKENS_A_WARP + (lane & 7);
   const int* table = a.block_tables + share.segment.s * a.table_row_stride;
-  const u8* keys = a.k_packed + share.kv_head * a.k_head_stride;
-  const u8* values = a.v_packed + share.kv_head * a.v_head_stride;
+  const u8* keys = a.k_packed + share.kv_head * a.k_head_stride + quarter * RUN_BYTES(KEY_BITS);
+  const u8* values = a.v_packed + share.kv_head * a.v_head_stride + quarter * RUN_BYTES(VALUE_BITS);
   const float* key_norms = a.k_norms + share.kv_head * a.kn_head_stride;
   const float* value_norms = a.v_norms + share.kv_head * a.vn_head_stride;
   const u32 bank = 4 * lane, to = smem + KEYS_AT + quarter * (RUN / 8) * 16 * TILE_TOKENS + first * 16;
   const int high = share.rows.high, low = share.rows.low;
 
-  i64 blocks[TOKENS_A_WARP / 8], block;      // of the tokens whose codes, and whose norms, this lane loads
-  int tokens[TOKENS_A_WARP / 8], token;      // their places in these blocks
-  auto locate = [&](int u) {
-    auto of = [&](int t, i64& b, int& place) {
-      t = max(low, min(u * TILE_TOKENS + t, high));
-      b = table[(i64)(t / BLOCK_SIZE) * a.table_step];
-      place = t % BLOCK_SIZE;
-    };
+  Places now, next;
+  auto place = [&](int t, i64& block, int& token) {  // tokens that no row sees are not looked up
+    t = max(low, min(t, high));
+    block = table[(i64)(t / BLOCK_SIZE) * a.table_step];
+    token = t % BLOCK_SIZE;
+  };
+  auto locate = [&](int u, Places& places) {
 #pragma unroll
-    for (int i = 0; i < TOKENS_A_WARP / 8; i++) of(first + 8 * i, blocks[i], tokens[i]);
-    of(tid, block, token);
+    for (int i = 0; i < 2 * BATCH; i++) place(u * TILE_TOKENS + first + 8 * i, places.blocks[i], places.tokens[i]);
   };
-  Codes<KEY_BITS, K_ALIGN> k;
-  Codes<VALUE_BITS, V_ALIGN> v;
-  float norm[2];
-  auto load_keys = [&] {
-    k.load(keys, a.k_block_stride, a.k_token_stride, blocks, tokens, quarter);
-    norm[0] = key_norms[block * a.kn_block_stride + token * a.kn_token_stride];
+  // One batch of codes is on its way while the one before is looked up.
+  Codes<KEY_BITS, K_ALIGN> k[2];
+  Codes<VALUE_BITS, V_ALIGN> v[2];
+  auto load_keys = [&](const Places& from, int half) { k[half].load(keys, a.k_block_stride, a.k_token_stride, from, half); };
+  auto load_values = [&](int half) { v[half].load(values, a.v_block_stride, a.v_token_stride, now, half); };
+  // Each thread has the norms of one token of a tile.
+  i64 block;
+  int token;
+  float norms[2];
+  auto load_norms = [&] {
+    norms[0] = key_norms[block * a.kn_block_stride + token * a.kn_token_stride];
+    norms[1] = value_norms[block * a.vn_block_stride + token * a.vn_token_stride];
   };
-  auto load_values = [&] {
-    v.load(values, a.v_block_stride, a.v_token_stride, blocks, tokens, quarter);
-    norm[1] = value_norms[block * a.vn_block_stride + token * a.vn_token_stride];
-  };
-  auto put_norm = [&](int side, int u, u32 stage) {
+  auto put_norm = [&](int u, u32 stage, int side, float norm) {
     const int t = u * TILE_TOKENS + tid;
-    store32(smem + NORMS_AT + ((2 * stage + side) * TILE_TOKENS + tid) * 4, t < low || t > high ? 0u : __float_as_uint(norm[side]));
+    store32(smem + NORMS_AT + ((2 * stage + side) * TILE_TOKENS + tid) * 4, t < low || t > high ? 0u : __float_as_uint(norm));
   };
   auto hand_over = [&](int kind, u32 stage) {
     fence_async();
@@ -175,25 +187,33 @@ __device__ __forceinline__ void dequantise(const Args& a, const Share& share, u3
   };
 
   if (share.begin < share.end) {
-    locate(share.begin);
-    load_keys();
-    load_values();
+    locate(share.begin, now);
+    place(share.begin * TILE_TOKENS + tid, block, token);
+    load_keys(now, 0);
+    load_norms();
   }
   u32 stage = 0, phase = 1;
 #pragma unroll 1
   for (int u = share.begin; u < share.end; u++) {
-    const bool more = u + 1 < share.end;
-    if (more) locate(u + 1);
+    const u32 keys_to = to + stage * TILE_BYTES, values_to = keys_to + VALUES_AT - KEYS_AT, second = BATCH * 128;
+    load_keys(now, 1);
+    locate(u + 1, next);
+    place((u + 1) * TILE_TOKENS + tid, block, token);
     barrier_wait(prefill_barrier(smem, KEY_EMPTY, stage), phase);
-    put_norm(0, u, stage);
-    k.put<K_TABLE>(to + stage * TILE_BYTES, bank);
+    put_norm(u, stage, 0, norms[0]);
+    k[0].template put<K_TABLE>(keys_to, bank);
+    load_values(0);
+    k[1].template put<K_TABLE>(keys_to + second, bank);
     hand_over(KEY_FULL, stage);
-    if (more) load_keys();
+    load_values(1);
     barrier_wait(prefill_barrier(smem, VALUE_EMPTY, stage), phase);
-    put_norm(1, u, stage);
-    v.put<V_TABLE>(to + stage * TILE_BYTES + VALUES_AT - KEYS_AT, bank);
+    put_norm(u, stage, 1, norms[1]);
+    load_norms();
+    v[0].template put<V_TABLE>(values_to, bank);
+    load_keys(next, 0);  // of tokens that exist, even if this was the last tile
+    v[1].template put<V_TABLE>(values_to + second, bank);
     hand_over(VALUE_FULL, stage);
-    if (more) load_values();
+    now = next;
     if (++stage == STAGES) stage = 0, phase ^= 1;
   }
 }
@@ -244,17 +264,30 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
     for (int i = 0; i < SUMS; i++) o[b][i] = 0.f;
 
   u32 stage = 0, phase = 0;
+  auto start_scores = [&](u32 at) {
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+      wgmma_128(x, query + k * (2 * 16 * GROUP_ROWS >> 4), keys + ((at * TILE_BYTES + k * 2 * 16 * TILE_TOKENS) >> 4), k > 0);
+    wgmma_commit();
+  };
+  // The groups take turns at the tensor cores: one computes weights while the other multiplies.
+  auto take_turn = [&] { named_barrier(TURN + group, 128 * GROUPS); };
+  auto give_turn = [&](bool last) {
+    if (!last || group == 0) named_barrier_arrive(TURN + 1 - group, 128 * GROUPS);
+  };
+  if (share.begin < share.end) {
+    if (group == 1) give_turn(false);
+    barrier_wait(prefill_barrier(smem, KEY_FULL, 0), 0);
+    take_turn();
+    wgmma_fence();
+    start_scores(0);
+    give_turn(false);
+    wgmma_wait();
+    settle_sums(x);
+  }
 #pragma unroll 1
   for (int u = share.begin; u < share.end; u++) {
     const u32 norms = smem + NORMS_AT + stage * 2 * TILE_TOKENS * 4 + 8 * c;
-    barrier_wait(prefill_barrier(smem, KEY_FULL, stage), phase);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < D / 16; k++)
-      wgmma_128(x, query + k * (2 * 16 * GROUP_ROWS >> 4), keys + ((stage * TILE_BYTES + k * 2 * 16 * TILE_TOKENS) >> 4), k > 0);
-    wgmma_commit();
-    wgmma_wait();
-    settle_sums(x);
 #pragma unroll
     for (int j = 0; j < TILE_TOKENS / 8; j++) {
       const uint2 n = ring64(norms + 32 * j);
@@ -326,7 +359,13 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
         p[j / 2][j % 2 * 2 + e] = pack_half2(w0 * weight[0], w1 * weight[1]);
       }
     }
+    const bool last = u + 1 == share.end;
+    const u32 at = stage;
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+    if (!last) barrier_wait(prefill_barrier(smem, KEY_FULL, stage), phase);
+    take_turn();
     settle(p);
+    settle_sums(x);
 #pragma unroll
     for (int b = 0; b < D / OUT_DIMS; b++) settle_sums(o[b]);
     wgmma_fence();
@@ -334,13 +373,15 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
     for (int j = 0; j < TILE_TOKENS / 16; j++)
 #pragma unroll
       for (int b = 0; b < D / OUT_DIMS; b++)
-        wgmma_across(o[b], p[j], values + ((stage * TILE_BYTES + j * 2 * 128 + b * OUT_DIMS / 8 * 16 * TILE_TOKENS) >> 4));
+        wgmma_across(o[b], p[j], values + ((at * TILE_BYTES + j * 2 * 128 + b * OUT_DIMS / 8 * 16 * TILE_TOKENS) >> 4));
     wgmma_commit();
+    start_scores(stage);  // behind the last tile for nothing: a branch here would part the products
+    give_turn(last);
     wgmma_wait();
 #pragma unroll
     for (int b = 0; b < D / OUT_DIMS; b++) settle_sums(o[b]);
-    if (lane == 0) barrier_arrive(prefill_barrier(smem, VALUE_EMPTY, stage));
-    if (++stage == STAGES) stage = 0, phase ^= 1;
+    settle_sums(x);
+    if (lane == 0) barrier_arrive(prefill_barrier(smem, VALUE_EMPTY, at));
   }
 
   // Write the part.
