@@ -26,8 +26,8 @@
 #define PREFILL_THREADS (128 * (GROUPS + 1))
 #define STAGES 2
 #define TURN 3                         // named barriers of the groups
-#define PRODUCER_REGISTERS 88          // with 208 for the others as many as 168 for all
-#define CONSUMER_REGISTERS 208
+#define PRODUCER_REGISTERS 112         // with 192 for the others nearly as many as 168 for all
+#define CONSUMER_REGISTERS 192
 #define LAZY 5.f                       // raise the maximum only if exceeded by 2^5
 #define NORM_LIMIT 1024.f              // 2^5 * 2^10 fits float16
 
@@ -108,25 +108,17 @@ template <int BITS, int TABLE, int WORDS> __device__ __forceinline__ u32 look_pa
   return __byte_perm(first, table32<TABLE>(entry_address(w, 2 * BITS * i + BITS, BITS, bank)), 0x5410);
 }
 
-// Where the next tokens of a lane are that it loads: BATCH of every eighth token of its warp.
+// Codes of one side: RUN dims of BATCH tokens a lane, every eighth of its warp.
 #define BATCH (TOKENS_A_WARP / 16)
-struct Places {
-  i64 blocks[2 * BATCH];
-  int tokens[2 * BATCH];
-};
-// Codes of one side: RUN dims of BATCH tokens a lane, `half` 0 or 1 of those of its warp in a tile.
 template <int BITS, int ALIGN> struct Codes {
   u32 words[BATCH][RUN_WORDS(BITS)];
-  __device__ __forceinline__ void load(const u8* base, i64 block_stride, i64 token_stride, const Places& from, int half) {
-#pragma unroll
-    for (int i = 0; i < BATCH; i++)
-      load_bytes<RUN_BYTES(BITS), ALIGN, RUN_BYTES(BITS)>(
-          words[i], base + from.blocks[half * BATCH + i] * block_stride + from.tokens[half * BATCH + i] * token_stride, 0);
+  __device__ __forceinline__ void load(int i, const u8* from) {
+    load_bytes<RUN_BYTES(BITS), ALIGN, RUN_BYTES(BITS)>(words[i], from, 0);
   }
   // to: address of the lane's row of the first token.  Look-ups come before stores, as a look-up would
   // not be moved before a store.
   template <int TABLE> __device__ __forceinline__ void put(u32 to, u32 bank) {
-    constexpr int CHUNKS = RUN / 8, AT_ONCE = BITS <= 4 || CHUNKS % 2 ? CHUNKS : 2;
+    constexpr int CHUNKS = RUN / 8, AT_ONCE = BITS <= 4 ? CHUNKS : 1;
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
       swap_bytes(words[i]);  // not before: the loads are on their way while others wait
@@ -153,28 +145,39 @@ __device__ __forceinline__ void dequantise(const Args& a, const Share& share, u3
   const u32 bank = 4 * lane, to = smem + KEYS_AT + quarter * (RUN / 8) * 16 * TILE_TOKENS + first * 16;
   const int high = share.rows.high, low = share.rows.low;
 
-  Places now, next;
-  auto place = [&](int t, i64& block, int& token) {  // tokens that no row sees are not looked up
-    t = max(low, min(t, high));
-    block = table[(i64)(t / BLOCK_SIZE) * a.table_step];
-    token = t % BLOCK_SIZE;
-  };
-  auto locate = [&](int u, Places& places) {
+  auto clamp = [&](int t) { return max(low, min(t, high)); };  // tokens that no row sees are not looked up
+  // Blocks of the tokens of a lane in a tile; token 8 * quarter of these is the one whose norms it loads.
+  auto locate = [&](int u, int (&blocks)[2 * BATCH]) {
 #pragma unroll
-    for (int i = 0; i < 2 * BATCH; i++) place(u * TILE_TOKENS + first + 8 * i, places.blocks[i], places.tokens[i]);
+    for (int i = 0; i < 2 * BATCH; i++) blocks[i] = table[(i64)(clamp(u * TILE_TOKENS + first + 8 * i) / BLOCK_SIZE) * a.table_step];
   };
-  // One batch of codes is on its way while the one before is looked up.
+  auto load = [&](auto& codes, const u8* base, i64 block_stride, i64 token_stride, int u, const int (&blocks)[2 * BATCH], int half) {
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) {
+      const int t = clamp(u * TILE_TOKENS + first + 8 * (half * BATCH + i)) % BLOCK_SIZE;
+      codes.load(i, base + blocks[half * BATCH + i] * block_stride + t * token_stride);
+    }
+  };
   Codes<KEY_BITS, K_ALIGN> k[2];
   Codes<VALUE_BITS, V_ALIGN> v[2];
-  auto load_keys = [&](const Places& from, int half) { k[half].load(keys, a.k_block_stride, a.k_token_stride, from, half); };
-  auto load_values = [&](int half) { v[half].load(values, a.v_block_stride, a.v_token_stride, now, half); };
-  // Each thread has the norms of one token of a tile.
-  i64 block;
-  int token;
-  float norms[2];
-  auto load_norms = [&] {
-    norms[0] = key_norms[block * a.kn_block_stride + token * a.kn_token_stride];
-    norms[1] = value_norms[block * a.vn_block_stride + token * a.vn_token_stride];
+  auto load_keys = [&](int u, const int (&blocks)[2 * BATCH], int half) {
+    load(k[half], keys, a.k_block_stride, a.k_token_stride, u, blocks, half);
+  };
+  auto load_values = [&](int u, const int (&blocks)[2 * BATCH], int half) {
+    load(v[half], values, a.v_block_stride, a.v_token_stride, u, blocks, half);
+  };
+  float key_norm, value_norm;
+  auto load_norm = [&](float& norm, const float* base, i64 block_stride, i64 token_stride, int u, const int (&blocks)[2 * BATCH]) {
+    int block = blocks[0];
+#pragma unroll
+    for (int i = 1; i < 2 * BATCH; i++) block = quarter == i ? blocks[i] : block;
+    norm = base[block * block_stride + clamp(u * TILE_TOKENS + tid) % BLOCK_SIZE * token_stride];
+  };
+  auto load_key_norm = [&](int u, const int (&blocks)[2 * BATCH]) {
+    load_norm(key_norm, key_norms, a.kn_block_stride, a.kn_token_stride, u, blocks);
+  };
+  auto load_value_norm = [&](int u, const int (&blocks)[2 * BATCH]) {
+    load_norm(value_norm, value_norms, a.vn_block_stride, a.vn_token_stride, u, blocks);
   };
   auto put_norm = [&](int u, u32 stage, int side, float norm) {
     const int t = u * TILE_TOKENS + tid;
@@ -186,34 +189,38 @@ __device__ __forceinline__ void dequantise(const Args& a, const Share& share, u3
     if (lane == 0) barrier_arrive(prefill_barrier(smem, kind, stage));
   };
 
-  if (share.begin < share.end) {
-    locate(share.begin, now);
-    place(share.begin * TILE_TOKENS + tid, block, token);
-    load_keys(now, 0);
-    load_norms();
-  }
+  // What has been put is loaded for the next tile at once, so that loads have the time of a tile.  Of
+  // tiles behind the last one they are loads of its tokens.
+  int blocks[2 * BATCH], next[2 * BATCH];
   u32 stage = 0, phase = 1;
+  if (share.begin < share.end) {
+    locate(share.begin, blocks);
+    load_keys(share.begin, blocks, 0), load_keys(share.begin, blocks, 1), load_key_norm(share.begin, blocks);
+    load_values(share.begin, blocks, 0), load_values(share.begin, blocks, 1), load_value_norm(share.begin, blocks);
+    locate(share.begin + 1, blocks);
+  }
 #pragma unroll 1
   for (int u = share.begin; u < share.end; u++) {
     const u32 keys_to = to + stage * TILE_BYTES, values_to = keys_to + VALUES_AT - KEYS_AT, second = BATCH * 128;
-    load_keys(now, 1);
-    locate(u + 1, next);
-    place((u + 1) * TILE_TOKENS + tid, block, token);
+    locate(u + 2, next);
     barrier_wait(prefill_barrier(smem, KEY_EMPTY, stage), phase);
-    put_norm(u, stage, 0, norms[0]);
+    put_norm(u, stage, 0, key_norm);
+    load_key_norm(u + 1, blocks);
     k[0].template put<K_TABLE>(keys_to, bank);
-    load_values(0);
+    load_keys(u + 1, blocks, 0);
     k[1].template put<K_TABLE>(keys_to + second, bank);
+    load_keys(u + 1, blocks, 1);
     hand_over(KEY_FULL, stage);
-    load_values(1);
     barrier_wait(prefill_barrier(smem, VALUE_EMPTY, stage), phase);
-    put_norm(u, stage, 1, norms[1]);
-    load_norms();
+    put_norm(u, stage, 1, value_norm);
+    load_value_norm(u + 1, blocks);
     v[0].template put<V_TABLE>(values_to, bank);
-    load_keys(next, 0);  // of tokens that exist, even if this was the last tile
+    load_values(u + 1, blocks, 0);
     v[1].template put<V_TABLE>(values_to + second, bank);
+    load_values(u + 1, blocks, 1);
     hand_over(VALUE_FULL, stage);
-    now = next;
+#pragma unroll
+    for (int i = 0; i < 2 * BATCH; i++) blocks[i] = next[i];
     if (++stage == STAGES) stage = 0, phase ^= 1;
   }
 }
