@@ -65,7 +65,8 @@ def take_in(x: Any, name: str) -> tuple[Any, GiveBack]:
     TypeError
         If `x` is no array, a masked array, or lives on a device that is neither a CPU nor CUDA.
     """
-    if type(x) is np.ndarray:  # in most calls
+    cupy = sys.modules.get("cupy")
+    if type(x) is np.ndarray or (cupy is not None and type(x) is cupy.ndarray):  # in most calls
         return x, _as_is
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(
@@ -73,7 +74,6 @@ def take_in(x: Any, name: str) -> tuple[Any, GiveBack]:
         )
     if isinstance(x, (np.ndarray, np.generic)):  # norms[0] is a scalar of NumPy
         return np.asarray(x), _as_is  # numpy.matrix and other subclasses redefine operators
-    cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
         return x, _as_is
     torch = sys.modules.get("torch")

@@ -138,7 +138,9 @@ def check_attention(
     if out is None:
         result = backend.empty(tokens.shape, tokens.dtype.newbyteorder("="), q)
     else:
-        result = take_in_out(out, q.shape, (q.dtype.name,), "out", q).reshape(tokens.shape)
+        result = take_in_out(out, q.shape, (_arrays.dtype_name(q.dtype),), "out", q).reshape(
+            tokens.shape
+        )
     native: dict[str, Any] = {
         name: x if x is None else _arrays.native(x) for name, x in arrays.items()
     }
@@ -156,7 +158,10 @@ def check_attention(
 
 
 def _take(x: Any, name: str, query: Any) -> Any:
-    if type(x) is np.ndarray and type(query) is np.ndarray:  # in most calls
+    # In most calls all arrays are of one kind, in one memory.
+    if type(x) is type(query) and (
+        type(x) is np.ndarray or x.data.device_id == query.data.device_id
+    ):
         return x
     array, _ = _arrays.take_in(x, name)
     check_same_place(array, name, query, "query")

@@ -58,7 +58,7 @@ def take_in_out(
     check_same_place(array, name, like, "the input")
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
-    if array.dtype.name not in dtypes:
+    if _arrays.dtype_name(array.dtype) not in dtypes:
         raise TypeError(f"{name} must be {', '.join(dtypes)}, got {array.dtype}")
     if not array.flags.c_contiguous or _arrays.native(array) is not array:
         raise ValueError(f"{name} must be C-contiguous, aligned and in native byte order")

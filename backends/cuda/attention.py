@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,30 @@ from .attention_plan import (
     make_plan,
     window_rows,
 )
+from .device import on_device
 from .source import variant_source
 
 LOG2_E = 1.4426950408889634
 QUERY_WARPS = 8  # rows of a block of attention_query
 DENSE_ROWS, DENSE_THREADS = 8, 128
 DTYPE_NUMBERS = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+
+BATCH_ADDRESSES = (
+    "query",
+    "k_packed",
+    "k_norms",
+    "v_packed",
+    "v_norms",
+    "out",
+    "lse",
+    "block_tables",
+    "context_lens",
+)
+OPTIONAL_ADDRESSES = ("query_start_loc", "query_positions", "sinks", "key_offset")
+SCRATCH_ADDRESSES = ("q_rows", "q_factors", "plan", "parts", "part_scales")
+FULL_ADDRESSES = ("keys", "values", "pages", "positions", "query_positions", "tiles")
+ADDRESS_CODE = np.dtype("u8").char
+PLAN_ALIGNMENT = 16  # no plan asks for more
 
 Constants = Mapping[str, Any]
 Address = Callable[[Any], int]
@@ -93,14 +111,16 @@ def attention_beside(
     import cupy
 
     if batch.query.size:
-        with batch.query.device:
-            if batch.key_offset is not None:
-                batch = replace(batch, key_offset=cupy.ascontiguousarray(batch.key_offset))
-            step = _compiled(key_spec, value_spec, batch, full)
+        with on_device(batch.query.data.device_id):
+            offset = batch.key_offset
+            if offset is not None and not offset.flags.c_contiguous:
+                batch = replace(batch, key_offset=cupy.ascontiguousarray(offset))
+            step = _step(key_spec, value_spec, batch, full)
+            stream = cupy.cuda.get_current_stream()
             with _launching:  # nothing comes between the launches that share a stream's scratch
-                for launch in _bind(step, batch, full):
+                for launch in _bind(step, batch, full, stream):
                     launch()
-            if cupy.cuda.get_current_stream().is_capturing():
+            if stream.is_capturing():
                 # The caller need not hold them: lse may be unasked for, the others copies.
                 _captured.append((batch.query, batch.key_offset, batch.lse, full))
 
@@ -109,22 +129,79 @@ def prepare(
     key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch
 ) -> list[Callable[[], None]]:
     """The launches of a step on the current stream, with everything compiled and filled in."""
-    return _bind(_compiled(key_spec, value_spec, batch, None), batch, None)
+    import cupy
+
+    step = _step(key_spec, value_spec, batch, None)
+    return _bind(step, batch, None, cupy.cuda.get_current_stream())
 
 
-class CompiledStep(NamedTuple):
-    """A step, but for its arrays."""
+@dataclass(frozen=True, eq=False)
+class CompiledStep:
+    """A step, but for the addresses of its arrays.
+
+    Attributes
+    ----------
+    plan : Plan
+    launches : (function, Launch), ...
+    constants : addresses in device memory that stay, by field of `struct Args`
+    numbers : bytes, the fields of `struct Args` that are no addresses, which come first
+    owners : what lies at those addresses
+    """
 
     plan: Plan
-    keys: Constants
-    values: Constants
-    launches: list[tuple[Any, Launch]]  # function and shape of each
+    launches: list[tuple[Any, Launch]]
+    constants: dict[str, int]
+    numbers: bytes
+    owners: tuple[Constants, Constants]
+
+
+MOST_STEPS = 256  # remembered for a quantiser of keys
+_steps: WeakKeyDictionary[CodecSpec, dict[Any, CompiledStep]] = WeakKeyDictionary()
+
+
+def _step(
+    key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch, full: FullPages | None
+) -> CompiledStep:
+    """The compiled step of a batch, from memory if one of the same form came before."""
+    steps = _steps.setdefault(key_spec, {})
+    form = (ref(value_spec), *_form(batch, full))
+    step = steps.get(form)
+    if step is None:
+        if len(steps) >= MOST_STEPS:
+            steps.clear()
+        step = steps[form] = _compiled(key_spec, value_spec, batch, full)
+    return step
+
+
+def _form(batch: AttentionBatch, full: FullPages | None) -> tuple[Any, ...]:
+    """All that launches and numbers depend on, addresses as far as they are aligned."""
+    query, k, v, kn, vn = batch.query, batch.k_packed, batch.v_packed, batch.k_norms, batch.v_norms
+    tables, lens = batch.block_tables, batch.context_lens
+    starts, positions, sinks = batch.query_start_loc, batch.query_positions, batch.sinks
+    form: tuple[Any, ...] = (
+        query.data.device_id,
+        query.dtype.char,  # bfloat16 has one of its own
+        query.shape,
+        query.strides,
+        batch.query_len,
+        k.shape,
+        tables.shape,
+        *(a.strides for a in (k, v, kn, vn, tables, lens)),
+        *(a.data.ptr % PLAN_ALIGNMENT for a in (query, k, v, kn, vn)),
+        *(None if a is None else a.strides for a in (starts, positions, sinks)),
+        batch.scale,
+        batch.logits_soft_cap,
+        batch.sliding_window,
+    )
+    if full is not None:
+        form += (full.keys.dtype.char, full.pages.shape, full.tiles.shape, full.rows)
+    return form
 
 
 def _compiled(
     key_spec: CodecSpec, value_spec: CodecSpec, batch: AttentionBatch, full: FullPages | None
 ) -> CompiledStep:
-    device = int(batch.query.device.id)
+    device = int(batch.query.data.device_id)
     keys, values = _constants(key_spec, device), _constants(value_spec, device)
     num_sms, bulk_copies = _device_facts(device)
     dense = "matrix" in keys or "matrix" in values
@@ -134,20 +211,19 @@ def _compiled(
     for step in launches(batch, plan, keys, values, full):
         module = _compile(device, step.source, tuple(step.macros.items()), plan.options)
         compiled.append((_function(module, step.kernel, step.shared_bytes), step))
-    return CompiledStep(plan, keys, values, compiled)
+    numbers = number_fields(batch, plan, keys, values, full)
+    return CompiledStep(
+        plan, compiled, constant_addresses(keys, values, _address), numbers, (keys, values)
+    )
 
 
 def _bind(
-    step: CompiledStep, batch: AttentionBatch, full: FullPages | None
+    step: CompiledStep, batch: AttentionBatch, full: FullPages | None, stream: Any
 ) -> list[Callable[[], None]]:
-    import cupy
-
-    device, stream = int(batch.query.device.id), cupy.cuda.get_current_stream()
+    device = batch.query.data.device_id
     scratch = _address(_scratch(device, stream, step.plan.scratch_bytes))
     barrier = _barrier(device, int(stream.ptr))
-    arguments = fill_arguments(
-        batch, step.plan, step.keys, step.values, _address, scratch, barrier, full
-    )
+    arguments = fill_arguments(batch, step, _address, scratch, barrier, full)
     return [
         partial(
             function,
@@ -243,22 +319,26 @@ def shapes_of(batch: AttentionBatch, address: Address, full: FullPages | None = 
     )
 
 
-def fill_arguments(
+def constant_addresses(keys: Constants, values: Constants, address: Address) -> dict[str, int]:
+    """Where the tables of two quantisers are, by field of `struct Args`."""
+    found = {}
+    for prefix, constants in (("k", keys), ("v", values)):
+        found[f"{prefix}_centroids"] = address(constants["centroids"])
+        if "signs" in constants:
+            found[f"{prefix}_signs"] = address(constants["signs"])
+    return found
+
+
+def number_fields(
     batch: AttentionBatch,
     plan: Plan,
     keys: Constants,
     values: Constants,
-    address: Address,
-    scratch: int,
-    barrier: int,
-    full: FullPages | None = None,
-) -> npt.NDArray[Any]:
-    """The struct that every kernel gets, as an array of one element."""
-    fields = argument_dtype().fields
-    assert fields is not None
+    full: FullPages | None,
+) -> bytes:
+    """The fields of `struct Args` that are no addresses."""
+    _, fields, packer, _ = _layout()
     a: dict[str, float] = dict.fromkeys(fields, 0)
-    for name in ("query", "k_packed", "k_norms", "v_packed", "v_norms", "out", "lse"):
-        a[name] = address(getattr(batch, name))
     q_strides = _element_strides(batch.query)
     for axis, stride in zip(("token", "head", "dim"), q_strides, strict=True):
         a[f"q_{axis}_stride"] = stride
@@ -270,49 +350,21 @@ def fill_arguments(
     ):
         for axis, stride in zip(("block", "token", "head"), strides[:3], strict=True):
             a[f"{prefix}_{axis}_stride"] = stride
-    a["block_tables"], a["context_lens"] = (
-        address(batch.block_tables),
-        address(batch.context_lens),
-    )
     # Integers are read as 32 bits; of 64 these are the low ones.
     a["table_row_stride"], a["table_step"] = (s // 4 for s in batch.block_tables.strides)
-    a["lens_step"] = batch.context_lens.strides[0] // 4
-    if batch.query_start_loc is not None:
-        a["query_start_loc"] = address(batch.query_start_loc)
-        a["starts_step"] = batch.query_start_loc.strides[0] // 4
-    if batch.query_positions is not None:
-        a["query_positions"] = address(batch.query_positions)
-        a["positions_step"] = batch.query_positions.strides[0] // 4
-    if batch.sinks is not None:
-        a["sinks"], a["sinks_step"] = address(batch.sinks), batch.sinks.strides[0] // 4
-    if batch.key_offset is not None:
-        a["key_offset"] = address(batch.key_offset)
+    for name, array in (
+        ("lens_step", batch.context_lens),
+        ("starts_step", batch.query_start_loc),
+        ("positions_step", batch.query_positions),
+        ("sinks_step", batch.sinks),
+    ):
+        if array is not None:
+            a[name] = array.strides[0] // 4
     for prefix, constants in (("k", keys), ("v", values)):
-        a[f"{prefix}_centroids"] = address(constants["centroids"])
         if "signs" in constants:
-            a[f"{prefix}_signs"] = address(constants["signs"])
             a[f"{prefix}_steps"] = len(constants["signs"])
-    a["barrier"] = barrier
-    for name in ("q_rows", "q_factors", "plan", "parts", "part_scales"):
-        a[name] = scratch + plan.scratch[name][0]
     if full is not None:
-        for name in (
-            "keys",
-            "values",
-            "pages",
-            "positions",
-            "query_positions",
-            "tiles",
-        ):
-            a[f"full_{name}"] = address(getattr(full, name))
         a["full_pages_each"] = full.pages.shape[1]
-        a["offset_slots"] = address(full.offset_slots)
-        for name in ("other_out", "other_lse"):
-            a[name] = scratch + plan.scratch[name][0]
-    if "matrix" in keys:
-        a["rotated_query"] = scratch + plan.scratch["rows"][0]
-    if "matrix" in values:
-        a["merged"] = scratch + plan.scratch["rows"][0]
 
     head_dim = batch.query.shape[2]
     cap = batch.logits_soft_cap
@@ -327,8 +379,42 @@ def fill_arguments(
     a["score_factor"] = a["offset_factor"] / (math.sqrt(head_dim) * float(keys["gain"]))
     a["soft_cap_log2"] = cap * LOG2_E
     a["value_factor"] = 1 / (math.sqrt(head_dim) * float(values["gain"]))
-    packer, words = _packing()
-    return np.frombuffer(packer.pack(*a.values()), words)
+    assert len(a) == len(fields)
+    return packer.pack(*a.values())
+
+
+def fill_arguments(
+    batch: AttentionBatch,
+    step: CompiledStep,
+    address: Address,
+    scratch: int,
+    barrier: int,
+    full: FullPages | None = None,
+) -> npt.NDArray[Any]:
+    """The struct that every kernel gets, as an array of one element."""
+    addresses, _, _, words = _layout()
+    a = addresses | step.constants
+    for name in BATCH_ADDRESSES:
+        a[name] = address(getattr(batch, name))
+    for name in OPTIONAL_ADDRESSES:
+        array = getattr(batch, name)
+        if array is not None:
+            a[name] = address(array)
+    a["barrier"] = barrier
+    parts = step.plan.scratch
+    for name in SCRATCH_ADDRESSES:
+        a[name] = scratch + parts[name][0]
+    if full is not None:
+        for name in FULL_ADDRESSES:
+            a[f"full_{name}"] = address(getattr(full, name))
+        a["offset_slots"] = address(full.offset_slots)
+        for name in ("other_out", "other_lse"):
+            a[name] = scratch + parts[name][0]
+    for constants, name in zip(step.owners, ("rotated_query", "merged"), strict=True):
+        if "matrix" in constants:
+            a[name] = scratch + parts["rows"][0]
+    assert len(a) == len(addresses)
+    return np.frombuffer(_packer(len(a)).pack(*a.values()) + step.numbers, words)
 
 
 def step_source(name: str, macros: Mapping[str, int]) -> str:
@@ -353,13 +439,27 @@ def argument_dtype() -> np.dtype[Any]:
 
 
 @cache
-def _packing() -> tuple[struct.Struct, np.dtype[Any]]:
-    """What packs the fields of `struct Args`, and a dtype that CuPy passes on without a look."""
+def _layout() -> tuple[dict[str, int], tuple[str, ...], struct.Struct, np.dtype[Any]]:
+    """The addresses of `struct Args`, all zero; its other fields, behind them; what packs these.
+
+    And a dtype of the size of the struct that CuPy passes on without a look.
+    """
     dtype = argument_dtype()
     assert dtype.fields is not None
-    packer = struct.Struct("".join(field[0].char for field in dtype.fields.values()) + "0P")
-    assert packer.size == dtype.itemsize
-    return packer, np.dtype([("words", np.int64, (packer.size // 8,))])
+    codes = {name: field[0].char for name, field in dtype.fields.items()}
+    addresses = [name for name, code in codes.items() if code == ADDRESS_CODE]
+    numbers = list(codes)[len(addresses) :]
+    assert addresses == list(codes)[: len(addresses)]
+    packer = struct.Struct("".join(codes[name] for name in numbers) + "0P")
+    size = 8 * len(addresses) + packer.size
+    assert size == dtype.itemsize
+    words = np.dtype([("words", np.int64, (size // 8,))])
+    return dict.fromkeys(addresses, 0), tuple(numbers), packer, words
+
+
+@cache
+def _packer(count: int) -> struct.Struct:
+    return struct.Struct(f"{count}Q")
 
 
 def make_constants(spec: CodecSpec) -> dict[str, npt.NDArray[Any]]:
