@@ -278,7 +278,7 @@ def prefill_shared_bytes(key: CodecSpec, value: CodecSpec) -> int:
     """PREFILL_BYTES of attention_prefill: tables, two stages of tiles, query rows, the rest."""
     tables = sum(128 << (2 * q.bits if q.bits <= 4 else q.bits) for q in (key, value))
     rows = 4 * PREFILL_TILE + PREFILL_ROWS
-    return tables + rows * key.head_dim * 2 + 4 * PREFILL_TILE * 4 + 64
+    return tables + rows * key.head_dim * 2 + 4 * PREFILL_TILE * 4 + 80
 
 
 def _plan(

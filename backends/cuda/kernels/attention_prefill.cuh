@@ -17,6 +17,7 @@
 #pragma once
 #include "attention_codes.cuh"
 #include "attention_common.cuh"
+#include "attention_eighths.cuh"
 #include "attention_wgmma.cuh"
 
 #define TILE_TOKENS UNIT
@@ -26,10 +27,11 @@
 #define PREFILL_THREADS (128 * (GROUPS + 1))
 #define STAGES 2
 #define TURN 3                         // named barriers of the groups
-#define PRODUCER_REGISTERS 112         // with 192 for the others nearly as many as 168 for all
-#define CONSUMER_REGISTERS 192
-#define LAZY 5.f                       // raise the maximum only if exceeded by 2^5
-#define NORM_LIMIT 1024.f              // 2^5 * 2^10 fits float16
+#define FEW_BITS (KEY_BITS <= 4 && VALUE_BITS <= 4)
+#define PRODUCER_REGISTERS (FEW_BITS ? 88 : 104)  // codes that wait take them; as many as 168 for all
+#define CONSUMER_REGISTERS (FEW_BITS ? 208 : 200)
+#define NORM_LIMIT 1024.f
+#define WEIGHT_LIMIT 0x7800            // 2^15 as float16
 
 // Tables: entry i of a side lies in all banks.  Up to 4 bits it is a pair of codes, else one code.
 #define FIELDS(bits) (1 << ((bits) <= 4 ? 2 * (bits) : (bits)))
@@ -42,7 +44,8 @@
 #define GROUP_BYTES (GROUP_ROWS * D * 2)
 #define NORMS_AT (QUERY_AT + GROUPS * GROUP_BYTES)     // [stage][side][token]
 #define BARRIERS_AT (NORMS_AT + STAGES * 2 * TILE_TOKENS * 4)
-#define PREFILL_BYTES (BARRIERS_AT + 4 * STAGES * 8)
+#define FACTORS_AT (BARRIERS_AT + 4 * STAGES * 8)
+#define PREFILL_BYTES (FACTORS_AT + 4 * TILE_ROWS / 32)
 
 #define RUN (D / 4)                    // dims of a vector that a lane dequantises
 #define RUN_BYTES(bits) (RUN * (bits) / 8)
@@ -85,9 +88,10 @@ __device__ __forceinline__ bool find_share(const Args& a, Share& share) {
 }
 
 template <int BITS> __device__ __forceinline__ void fill_prefill_table(u8* table, const float* c, int tid) {
+#pragma unroll 4
   for (int i = tid; i < 8 * FIELDS(BITS); i += PREFILL_THREADS) {
     const int field = i / 8;
-    const u32 x = BITS <= 4 ? pack_half2(c[field >> BITS], c[field & ((1 << BITS) - 1)]) : pack_half2(c[field], 0.f);
+    const u32 x = BITS <= 4 ? pack_half2(__ldg(c + (field >> BITS)), __ldg(c + (field & ((1 << BITS) - 1)))) : pack_half2(__ldg(c + field), 0.f);
     ((uint4*)table)[i] = make_uint4(x, x, x, x);
   }
 }
@@ -135,7 +139,7 @@ template <int BITS, int ALIGN> struct Codes {
   }
 };
 
-__device__ __forceinline__ void dequantise(const Args& a, const Share& share, u32 smem, int tid) {
+__device__ __forceinline__ void dequantise(const Args& a, const Share& share, u32 smem, int tid, float factor) {
   const int lane = tid & 31, warp = tid >> 5, quarter = lane >> 3, first = warp * TOKENS_A_WARP + (lane & 7);
   const int* table = a.block_tables + share.segment.s * a.table_row_stride;
   const u8* keys = a.k_packed + share.kv_head * a.k_head_stride + quarter * RUN_BYTES(KEY_BITS);
@@ -204,7 +208,7 @@ __device__ __forceinline__ void dequantise(const Args& a, const Share& share, u3
     const u32 keys_to = to + stage * TILE_BYTES, values_to = keys_to + VALUES_AT - KEYS_AT, second = BATCH * 128;
     locate(u + 2, next);
     barrier_wait(prefill_barrier(smem, KEY_EMPTY, stage), phase);
-    put_norm(u, stage, 0, key_norm);
+    put_norm(u, stage, 0, key_norm * factor);
     load_key_norm(u + 1, blocks);
     k[0].template put<K_TABLE>(keys_to, bank);
     load_keys(u + 1, blocks, 0);
@@ -227,35 +231,66 @@ __device__ __forceinline__ void dequantise(const Args& a, const Share& share, u3
 
 // ---- the warps that multiply
 
-__device__ __forceinline__ void stage_query(const Args& a, const Share& share, u32 to, int group, int thread) {
+// The largest factor of the scores of a block's rows; for all threads, with a barrier.
+__device__ __forceinline__ float largest_factor(const Args& a, const Share& share, float* factors, int tid) {
+  if (tid < TILE_ROWS) {
+    const float own = tid < share.rows.count ? a.q_factors[query_row(a, share.segment, share.rows, tid, share.kv_head)].x : 0.f;
+    const float most = warp_max(own);
+    if (tid % 32 == 0) factors[tid / 32] = most;
+  }
+  __syncthreads();
+  float most = factors[0];
 #pragma unroll
-  for (int i = thread; i < GROUP_ROWS * D / 8; i += 128) {
-    const int row = i % 8 + i / 32 % 8 * 8, chunk = i / 8 % 4 + i / 256 * 4;  // 8 rows of 4 chunks a warp
-    const int r = group * GROUP_ROWS + row;
-    uint4 x = make_uint4(0, 0, 0, 0);
-    if (r < share.rows.count)
-      x = ((const uint4*)(a.q_rows + query_row(a, share.segment, share.rows, r, share.kv_head) * Q_PITCH))[chunk];
-    store128(to + (chunk * GROUP_ROWS + row) * 16, x);
+  for (int i = 1; i < TILE_ROWS / 32; i++) most = fmaxf(most, factors[i]);
+  return most;
+}
+// The query rows of a group, brought to one factor of the scores.
+__device__ __forceinline__ void stage_query(const Args& a, const Share& share, u32 to, int group, int thread, float factor) {
+  const int row = thread % 8 + thread / 32 * 8, chunk = thread / 8 % 4;  // and 32 rows, 4 chunks further
+  uint4 x[D / 16];
+  float ratio[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int r = group * GROUP_ROWS + row + 32 * h;
+    const bool exists = r < share.rows.count;
+    const i64 from = query_row(a, share.segment, share.rows, exists ? r : 0, share.kv_head);
+    ratio[h] = exists ? a.q_factors[from].x / factor : 0.f;  // a power of two: exact
+#pragma unroll
+    for (int k = 0; k < D / 32; k++) x[2 * k + h] = ((const uint4*)(a.q_rows + from * Q_PITCH))[chunk + 4 * k];
+  }
+#pragma unroll
+  for (int k = 0; k < D / 16; k++) {
+    float v[8];
+    unpack_halves(x[k], v);
+    u32 w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) w[i] = pack_half2(v[2 * i] * ratio[k % 2], v[2 * i + 1] * ratio[k % 2]);
+    store128(to + ((chunk + k / 2 * 4) * GROUP_ROWS + row + k % 2 * 32) * 16, make_uint4(w[0], w[1], w[2], w[3]));
   }
 }
 
-__device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 smem, int group, int thread) {
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
+
+__device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 smem, int group, int thread, float factor) {
   const int lane = thread & 31, warp = thread >> 5, g = lane >> 2, c = lane & 3;
   const u32 query_at = smem + QUERY_AT + group * GROUP_BYTES;
-  stage_query(a, share, query_at, group, thread);
-  // Rows g and g + 8 of the 16 of this warp: what they see, and their scores' factors.
+  stage_query(a, share, query_at, group, thread, factor);
+  // Rows g and g + 8 of the 16 of this warp: what they see, and what their scores are shifted by.
   int row[2], low[2], high[2];
-  float factor[2], shift[2];
+  float shift[2];
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     row[e] = group * GROUP_ROWS + 16 * warp + g + 8 * e;
     row_limits(a, share.segment, share.rows, row[e], low[e], high[e]);
-    const float2 f = row[e] < share.rows.count
-        ? a.q_factors[query_row(a, share.segment, share.rows, row[e], share.kv_head)] : make_float2(1.f, 0.f);
-    factor[e] = f.x, shift[e] = f.y;
+    shift[e] = row[e] < share.rows.count
+        ? a.q_factors[query_row(a, share.segment, share.rows, row[e], share.kv_head)].y : 0.f;
   }
   const bool capped = a.soft_cap_log2 != 0.f;
-  const float gain[2] = {capped ? 1.f : factor[0], capped ? 1.f : factor[1]};  // of what x becomes
   fence_async();
   named_barrier(1 + group, 128);
   const u64 query = wgmma_matrix(query_at, 16 * GROUP_ROWS, 128);
@@ -295,41 +330,59 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
 #pragma unroll 1
   for (int u = share.begin; u < share.end; u++) {
     const u32 norms = smem + NORMS_AT + stage * 2 * TILE_TOKENS * 4 + 8 * c;
-#pragma unroll
-    for (int j = 0; j < TILE_TOKENS / 8; j++) {
-      const uint2 n = ring64(norms + 32 * j);
-      x[4 * j] *= __uint_as_float(n.x), x[4 * j + 2] *= __uint_as_float(n.x);
-      x[4 * j + 1] *= __uint_as_float(n.y), x[4 * j + 3] *= __uint_as_float(n.y);
-    }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(prefill_barrier(smem, KEY_EMPTY, stage));
-
-    if (capped) {  // c tanh(x), exact to float32 rounding of c
-#pragma unroll
-      for (int i = 0; i < TILE_TOKENS / 2; i++) {
-        const float y = fmaf(x[i], factor[i / 2 % 2], shift[i / 2 % 2]);
-        x[i] = a.soft_cap_log2 - 2.f * a.soft_cap_log2 * __fdividef(1.f, 1.f + exp2_approx(2.f * LOG2_E * y));
-      }
-    }
-    const int first_token = u * TILE_TOKENS;
-    if (first_token + TILE_TOKENS - 1 > share.rows.all_high || first_token < share.rows.all_low) {
-#pragma unroll
-      for (int i = 0; i < TILE_TOKENS / 2; i++) {
-        const int t = first_token + i / 4 * 8 + 2 * c + i % 2, e = i / 2 % 2;
-        if (t > high[e] || t < low[e]) x[i] = __uint_as_float(0xff800000u);
-      }
-    }
     barrier_wait(prefill_barrier(smem, VALUE_FULL, stage), phase);
-    // Exponents relative to a lazy running maximum.  Weights p * norm go to float16 as
-    // p * (norm * up), p <= 2^5; `up` is a power of two that keeps norm * up below 2^10.
-    float most[2] = {x[0], x[2]}, norm = 0.f;
+    // Weights relative to a running maximum, times the norms of the values and `up`, a power of two, go
+    // to float16.  The maximum of an earlier tile is tried first, and kept if nothing exceeds 2^15.
+    u32 p[TILE_TOKENS / 16][4];
+    float more[2];
+    auto weigh = [&](auto scores_lack_norms) {
+      constexpr bool SCALE = decltype(scores_lack_norms)::value;
+      u32 largest[2] = {0, 0};
 #pragma unroll
-    for (int i = 0; i < TILE_TOKENS / 2; i++) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], x[i]);
+      for (int j = 0; j < TILE_TOKENS / 8; j++) {
+        uint2 n;
+        if (SCALE) n = ring64(norms + 32 * j);
+        const uint2 v = ring64(norms + TILE_TOKENS * 4 + 32 * j);
+        const float weight[2] = {__uint_as_float(v.x) * up, __uint_as_float(v.y) * up};
 #pragma unroll
-    for (int k = 0; k < TILE_TOKENS / 32; k++)
-      norm = fmaxf(norm, fabsf(__uint_as_float(ring32(norms - 8 * c + (TILE_TOKENS + 32 * k + lane) * 4))));
-    const bool raise = most[0] * gain[0] > top[0] + LAZY || most[1] * gain[1] > top[1] + LAZY;
-    if (__any_sync(FULL_WARP, raise || norm * up > NORM_LIMIT)) {
+        for (int e = 0; e < 2; e++) {
+          const float y0 = x[4 * j + 2 * e], y1 = x[4 * j + 2 * e + 1];
+          const float w0 = exp2_approx(SCALE ? fmaf(y0, __uint_as_float(n.x), -top[e]) : y0 - top[e]);
+          const float w1 = exp2_approx(SCALE ? fmaf(y1, __uint_as_float(n.y), -top[e]) : y1 - top[e]);
+          more[e] = j ? more[e] + (w0 + w1) : w0 + w1;
+          const u32 both = pack_half2(w0 * weight[0], w1 * weight[1]);
+          p[j / 2][j % 2 * 2 + e] = both;
+          largest[e] = larger_halves(largest[e], both);
+        }
+      }
+      largest[0] = larger_halves(largest[0], largest[1]);
+      return (largest[0] & 0x7fff) > WEIGHT_LIMIT || (largest[0] >> 16 & 0x7fff) > WEIGHT_LIMIT || !(more[0] + more[1] < 1e30f);
+    };
+    const int first_token = u * TILE_TOKENS;
+    const bool masked = first_token + TILE_TOKENS - 1 > share.rows.all_high || first_token < share.rows.all_low;
+    if (masked || capped || __any_sync(FULL_WARP, weigh(Yes()))) {
+      float most[2] = {__uint_as_float(0xff800000u), __uint_as_float(0xff800000u)}, norm = 0.f;
+#pragma unroll
+      for (int j = 0; j < TILE_TOKENS / 8; j++) {
+        const uint2 n = ring64(norms + 32 * j), v = ring64(norms + TILE_TOKENS * 4 + 32 * j);
+        norm = fmaxf(norm, fmaxf(fabsf(__uint_as_float(v.x)), fabsf(__uint_as_float(v.y))));
+        x[4 * j] *= __uint_as_float(n.x), x[4 * j + 2] *= __uint_as_float(n.x);
+        x[4 * j + 1] *= __uint_as_float(n.y), x[4 * j + 3] *= __uint_as_float(n.y);
+      }
+      if (capped) {  // c tanh(x), exact to float32 rounding of c
+#pragma unroll
+        for (int i = 0; i < TILE_TOKENS / 2; i++)
+          x[i] = a.soft_cap_log2 - 2.f * a.soft_cap_log2 * __fdividef(1.f, 1.f + exp2_approx(2.f * LOG2_E * (x[i] + shift[i / 2 % 2])));
+      }
+      if (masked) {
+#pragma unroll
+        for (int i = 0; i < TILE_TOKENS / 2; i++) {
+          const int t = first_token + i / 4 * 8 + 2 * c + i % 2, e = i / 2 % 2;
+          if (t > high[e] || t < low[e]) x[i] = __uint_as_float(0xff800000u);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < TILE_TOKENS / 2; i++) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], x[i]);
       float change = 1.f;
       norm = warp_max(norm);
       if (norm * up > NORM_LIMIT) {  // norm * up becomes 8 to 16
@@ -340,10 +393,8 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
       }
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        float now = most[e];
-        now = fmaxf(now, __shfl_xor_sync(FULL_WARP, now, 1));
-        now = fmaxf(now, __shfl_xor_sync(FULL_WARP, now, 2));
-        now = fmaxf(now * gain[e], top[e]);
+        float now = fmaxf(most[e], __shfl_xor_sync(FULL_WARP, most[e], 1));
+        now = fmaxf(top[e], fmaxf(now, __shfl_xor_sync(FULL_WARP, now, 2)));
         const float down = exp2_approx(top[e] - now);
         top[e] = now;
         sum[e] *= down;
@@ -352,20 +403,11 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
 #pragma unroll
           for (int i = 0; i < SUMS; i += 4) o[b][i + 2 * e] *= down * change, o[b][i + 2 * e + 1] *= down * change;
       }
+      weigh(No());
     }
-    u32 p[TILE_TOKENS / 16][4];
-#pragma unroll
-    for (int j = 0; j < TILE_TOKENS / 8; j++) {
-      const uint2 n = ring64(norms + TILE_TOKENS * 4 + 32 * j);
-      const float weight[2] = {__uint_as_float(n.x) * up, __uint_as_float(n.y) * up};
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const float w0 = exp2_approx(fmaf(x[4 * j + 2 * e], gain[e], -top[e]));
-        const float w1 = exp2_approx(fmaf(x[4 * j + 2 * e + 1], gain[e], -top[e]));
-        sum[e] += w0 + w1;
-        p[j / 2][j % 2 * 2 + e] = pack_half2(w0 * weight[0], w1 * weight[1]);
-      }
-    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(prefill_barrier(smem, KEY_EMPTY, stage));
+    sum[0] += more[0], sum[1] += more[1];
     const bool last = u + 1 == share.end;
     const u32 at = stage;
     if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -429,12 +471,12 @@ extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) attention_prefi
     }
     fence_barrier_init();
   }
-  __syncthreads();
+  const float factor = largest_factor(a, share, (float*)(dynamic_shared() + FACTORS_AT), tid);
   if (group == GROUPS) {
     give_registers<PRODUCER_REGISTERS>();
-    dequantise(a, share, smem, tid - 128 * GROUPS);
+    dequantise(a, share, smem, tid - 128 * GROUPS, factor);
   } else {
     take_registers<CONSUMER_REGISTERS>();
-    multiply(a, share, smem, group, tid % 128);
+    multiply(a, share, smem, group, tid % 128, factor);
   }
 }

@@ -59,6 +59,12 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], uint2 b) {
 __device__ __forceinline__ void mma_zero(float (&d)[4], const u32 (&a)[4], uint2 b) {
   mma_zero(d, a[0], a[1], a[2], a[3], b.x, b.y);
 }
+// Of both halves the number of larger magnitude, the signs lost; NaN is the largest.
+__device__ __forceinline__ u32 larger_halves(u32 a, u32 b) {
+  u32 r;
+  asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
 // Transpose of an 8x8 matrix of float16 that lies in a warp as mma fragments do.
 __device__ __forceinline__ u32 transpose8x8(u32 a) {
   u32 r;
