@@ -174,12 +174,17 @@ def test_command(model: Model, tokenizer: ChatTokenizer) -> None:
     assert re.search(r"\d+ tokens read, .* \d+ tokens written, .* at 46080 bytes each", run.stderr)
 
 
-def test_command_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_refuses(
+    model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main([])
     assert "give --prompt TEXT" in capsys.readouterr().err
     assert main(["--prompt", "Hi", "--weights", "nowhere.gguf"]) == 1
     assert "no weights at nowhere.gguf" in capsys.readouterr().err
+    monkeypatch.setattr("smollm2.command.load_model", lambda options: model)
+    assert main(["--prompt", "Hi", "--compute", "int8", "--key-bits", "8"]) == 1
+    assert "use compute='float32'" in capsys.readouterr().err
 
 
 def test_benchmark(model: Model, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

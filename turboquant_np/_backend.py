@@ -86,7 +86,8 @@ class Backend(Protocol):
         """Fill batch.out and batch.lse; see AttentionBatch for shapes.
 
         A backend may have `attention_int8` as well, with the same arguments, for
-        ``TQPagedAttention(compute="int8")``; it raises ValueError where that cannot be had.
+        ``compute="int8"``; it raises ValueError where that cannot be had.  Then it also has
+        `why_no_int8`, which tells that from the two specs alone, as `why_unavailable` would.
         """
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from . import _arrays, _backend
 from ._attention_checks import AttentionBatch
+from ._attention_compute import attention_in
 from ._kv_tables import PackedTables
 from ._window_attention import hidden_keys, window_attention
 
@@ -40,6 +41,7 @@ class CpuAttention:
     """
 
     def __init__(self, cache: PagedKVCache, states: list[Sequence], lens: list[int]) -> None:
+        self.compute = cache.compute
         self.tables = PackedTables(cache, states, lens, np.int64)
         size = cache._windows.block_size
         self.windows = [
@@ -114,7 +116,8 @@ class CpuAttention:
             out=np.empty_like(q),
             lse=np.empty(q.shape[:2], np.float32),
         )
-        _backend.backend_for(q, key.config.backend).attention(key._spec, value._spec, batch)
+        backend = _backend.backend_for(q, key.config.backend)
+        attention_in(self.compute, backend)(key._spec, value._spec, batch)
         return batch.out, batch.lse
 
 

@@ -14,11 +14,10 @@ import numpy as np
 
 from . import _arrays, _backend
 from ._attention_checks import check_attention
+from ._attention_compute import attention_in, check_compute
 from .quantizer import TurboQuant
 
 __all__ = ["TQPagedAttention", "merge_attention"]
-
-COMPUTE = ("float32", "int8")
 
 
 class TQPagedAttention:
@@ -76,8 +75,7 @@ class TQPagedAttention:
             raise TypeError(f"num_query_heads must be a positive integer, got {num_query_heads!r}")
         if num_query_heads < 1:
             raise ValueError(f"num_query_heads must be a positive integer, got {num_query_heads}")
-        if compute not in COMPUTE:
-            raise ValueError(f"compute must be one of {', '.join(COMPUTE)}, got {compute!r}")
+        check_compute(compute)
         self.key_quantizer = tq
         self.value_quantizer = value_quantizer or tq
         self.num_query_heads = int(num_query_heads)
@@ -197,14 +195,7 @@ class TQPagedAttention:
             check=check,
         )
         backend = _backend.backend_for(batch.query, self.key_quantizer.config.backend)
-        attention: Any = backend.attention
-        if self.compute == "int8":
-            attention = getattr(backend, "attention_int8", None)
-            if attention is None:
-                raise ValueError(
-                    f"backend {backend.name!r} has no compute='int8'; use compute='float32', or "
-                    "NumPy arrays and the backend 'cpu'"
-                )
+        attention = attention_in(self.compute, backend)
         attention(self.key_quantizer._spec, self.value_quantizer._spec, batch)
         result = give_back(batch.out.reshape(query_shape)) if out is None else out
         if not return_lse:

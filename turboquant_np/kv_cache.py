@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence as Sized
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from . import _arrays
+from ._attention_compute import check_host_compute
 from ._kv_files import fill_cache, read_cache, write_cache
 from ._kv_memory import allocate_groups
 from ._kv_plan import Windows
@@ -58,6 +59,9 @@ class PagedKVCache(SequenceStore):
     dtype : dtype-like
         Of full-precision pages: float16, bfloat16 or float32.
     device : {"cpu", "cuda"}
+    compute : {"float32", "int8"}
+        Arithmetic of attention to packed pages, as in `TQPagedAttention`.  "int8" is for
+        device="cpu" and 1 to 4 bits; where it cannot be had, this constructor raises.
 
     Attributes
     ----------
@@ -67,7 +71,8 @@ class PagedKVCache(SequenceStore):
     Raises
     ------
     ValueError, TypeError
-        If a size is out of range, or bits or quantisers do not fit the layers.
+        If a size is out of range, bits or quantisers do not fit the layers, or `compute` cannot be
+        had.
 
     Examples
     --------
@@ -105,6 +110,7 @@ class PagedKVCache(SequenceStore):
         key_offset_tokens: int = 64,
         dtype: Any = "float16",
         device: str = "cpu",
+        compute: Literal["float32", "int8"] = "float32",
     ) -> None:
         check_sizes(
             num_layers=num_layers,
@@ -121,8 +127,10 @@ class PagedKVCache(SequenceStore):
         self.value_quantizers = layer_quantizers(
             "value", value_quantizer, value_bits, num_layers, head_dim
         )
+        pairs = zip(self.key_quantizers, self.value_quantizers, strict=True)
+        check_host_compute(compute, device, pairs)
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
-        self.device = device
+        self.device, self.compute = device, compute
         self.dtype = _arrays.float_dtype(dtype)
         windows = Windows(block_size, sink_tokens, recent_tokens, key_offset_tokens)
         if num_full_blocks is None:
@@ -172,7 +180,7 @@ class PagedKVCache(SequenceStore):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments, without the quantisers and the device."""
+        """The constructor's arguments, without the quantisers and what the machine decides."""
         windows = self._windows
         return {
             "num_layers": self.num_layers,
@@ -195,7 +203,7 @@ class PagedKVCache(SequenceStore):
             f"value_bits={describe_bits(self.value_quantizers)}, "
             f"sequences={len(self._sequences)}, "
             f"free pages={self._packed.free} packed + {self._full.free} full, "
-            f"device={self.device})"
+            f"device={self.device}, compute={self.compute})"
         )
 
     # -- tokens ------------------------------------------------------------------------------------
@@ -340,6 +348,7 @@ class PagedKVCache(SequenceStore):
         num_blocks: int | None = None,
         num_full_blocks: int | None = None,
         device: str = "cpu",
+        compute: Literal["float32", "int8"] = "float32",
     ) -> PagedKVCache:
         """Read a cache written by `save`; sequences keep their identifiers.
 
@@ -349,6 +358,8 @@ class PagedKVCache(SequenceStore):
         num_blocks, num_full_blocks : int, optional
             Sizes of the new cache, by default those of the saved one.
         device : {"cpu", "cuda"}
+        compute : {"float32", "int8"}
+            Like the device no part of the file: it depends on the machine.
 
         Raises
         ------
@@ -356,6 +367,8 @@ class PagedKVCache(SequenceStore):
             If the file is damaged, of another kind or of a newer version.
         OutOfPagesError
             If the new cache is too small.
+        ValueError
+            If `compute` cannot be had.
         """
         saved = read_cache(path)
         settings = saved.settings
@@ -363,7 +376,7 @@ class PagedKVCache(SequenceStore):
             settings["num_blocks"] = num_blocks
         if num_full_blocks is not None:
             settings["num_full_blocks"] = num_full_blocks
-        cache = cls(**settings, device=device)
+        cache = cls(**settings, device=device, compute=compute)
         fill_cache(cache, saved)
         return cache
 

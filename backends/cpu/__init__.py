@@ -12,7 +12,7 @@ import numpy as np
 
 from ..reference import first_non_finite
 from .attention import attention
-from .attention_int8 import attention_int8
+from .attention_int8 import attention_int8, why_no_int8
 from .codec import decode, encode
 from .compile import cache_directory
 from .inner_products import inner_products
@@ -33,6 +33,7 @@ __all__ = [
     "first_non_finite",
     "inner_products",
     "name",
+    "why_no_int8",
     "why_unavailable",
 ]
 

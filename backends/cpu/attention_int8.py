@@ -54,23 +54,26 @@ def has_byte_products() -> bool:
     return wide and all(name in assembly for name in ("vpdpbusd", "vpermb"))
 
 
-def _check(key_spec: CodecSpec, value_spec: CodecSpec) -> None:
+def why_no_int8(key_spec: CodecSpec, value_spec: CodecSpec) -> str | None:
+    """None if this processor and these quantisers suit, else the reason and the remedy."""
     if not has_byte_products():
-        raise ValueError(
+        return (
             "compute='int8' needs a processor with AVX-512 VNNI and VBMI, which "
             f"{target().cpu} ({target().level}) lacks; use compute='float32'"
         )
     for name, spec in (("keys", key_spec), ("values", value_spec)):
         if spec.bits > MOST_BITS:
-            raise ValueError(
+            return (
                 f"compute='int8' is for 1 to {MOST_BITS} bits, where rounding to 8 bits adds "
                 f"little to the error of the codes; {name} have {spec.bits}: "
                 "use compute='float32'"
             )
+    return None
 
 
 def _make(key_spec: CodecSpec, value_spec: CodecSpec) -> Prepared:
-    _check(key_spec, value_spec)
+    if reason := why_no_int8(key_spec, value_spec):
+        raise ValueError(reason)
     plan = Plan("attend_int8", key_spec.head_dim, key_spec.bits, value_bits=value_spec.bits)
     padded = padded_dim(plan.dim, plan.bits, plan.value_bits)
     into = rotating_into(key_spec, _padded(key_order(plan.dim, plan.bits), padded))

@@ -36,7 +36,8 @@ def small_model(xp: Any, dtype: str = "float32") -> Model:
 def run(model: Model, prompts: list[list[int]], count: int, **options: Any) -> list[list[int]]:
     """Answers to prompts that join one after the other, on a float cache."""
     device = "cpu" if model.xp is np else "cuda"
-    sizes = dict(max_sequences=len(prompts), max_tokens=max(map(len, prompts)) + count)
+    longest = max(map(len, prompts))
+    sizes: dict[str, Any] = dict(max_sequences=len(prompts), max_tokens=longest + count)
     cache = make_cache(model.config, "float", **sizes, device=device, dtype=model.dtype)
     batch, requests = Batch(model, cache), []
     for prompt in prompts:

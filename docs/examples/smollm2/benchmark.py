@@ -72,6 +72,8 @@ def print_benchmark(model: Model, options: argparse.Namespace) -> None:
         f"{np.mean(b):.2g} by layer" if isinstance(b, list) else str(b)
         for b in (options.key_bits, options.value_bits)
     )
+    if options.compute != "float32":
+        bits += f" in {options.compute}"
     print("| cache | context | batch | ms a step | tokens/s | bytes a token | cache in MB |")
     print("|-|-|-|-|-|-|-|")
     for kind in ("float", "turboquant"):
@@ -85,6 +87,7 @@ def print_benchmark(model: Model, options: argparse.Namespace) -> None:
                     key_bits=options.key_bits,
                     value_bits=options.value_bits,
                     device=options.device,
+                    compute=options.compute,
                     dtype=model.dtype,
                 )
                 row = time_decoding(model, cache, context, count)

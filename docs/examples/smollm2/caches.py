@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -57,6 +57,7 @@ def make_cache(
     key_bits: int | Sequence[int] = 4,
     value_bits: int | Sequence[int] = 4,
     device: str = "cpu",
+    compute: Literal["float32", "int8"] = "float32",
     dtype: Any = "float32",
 ) -> Cache:
     """A cache for `max_sequences` sequences of up to `max_tokens` tokens each.
@@ -70,6 +71,8 @@ def make_cache(
     key_bits, value_bits : int, or one for each layer
         Of "turboquant".
     device : {"cpu", "cuda"}
+    compute : {"float32", "int8"}
+        Of "turboquant".
     dtype : dtype-like
         Of "float".
     """
@@ -88,6 +91,7 @@ def make_cache(
         key_bits=key_bits,
         value_bits=value_bits,
         device=device,
+        compute=compute,
     )
 
 

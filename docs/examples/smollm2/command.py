@@ -39,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     for side in ("key", "value"):
         add(f"--{side}-bits", type=bits, default=4, help="4, or of each layer: 4,3,3,...")
     add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--compute", choices=["float32", "int8"], default="float32", help="of packed attention")
     add("--dtype", choices=["float32", "float16"], help="float32 on a CPU, float16 on a GPU")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     add("--top-p", type=float, default=1.0)
@@ -114,6 +115,7 @@ def answer(model: Model, options: argparse.Namespace) -> None:
         key_bits=options.key_bits,
         value_bits=options.value_bits,
         device=options.device,
+        compute=options.compute,
         dtype=model.dtype,
     )
     batch = Batch(model, cache, stop=tokenizer.end, prefill_chunk=options.prefill_chunk)
