@@ -62,9 +62,15 @@ def compiled_kernels() -> list[str]:
 
     Examples
     --------
+    Nothing was compiled in the middle of some work:
+
+    >>> import numpy as np
+    >>> from turboquant_np import TurboQuant
     >>> from turboquant_np.cuda import compiled_kernels
-    >>> compiled_kernels()
-    []
+    >>> before = compiled_kernels()
+    >>> packed, norms = TurboQuant(head_dim=64).encode(np.ones((2, 64)))  # NumPy: on the CPU
+    >>> compiled_kernels() == before
+    True
     """
     lines: list[str] = importlib.import_module(
         "turboquant_np.backends.cuda.compile"
