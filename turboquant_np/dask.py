@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import _arrays
-from ._checks import check_same_place, check_vectors
+from ._checks import check_vectors
 from ._extras import missing_extra
 from ._spec import FORMAT_VERSION
 from ._topk import check_k, largest
@@ -25,6 +25,8 @@ try:
     from dask.array.utils import meta_from_array
     from dask.base import tokenize
     from dask.delayed import Delayed, delayed
+
+    from ._dask_checks import check_array, check_packed, check_quantizer, check_query
 except ImportError as error:
     raise missing_extra(__name__, "dask", error) from error
 
@@ -65,8 +67,8 @@ def encode(x: da.Array, quantizer: TurboQuant) -> tuple[da.Array, da.Array]:
     >>> packed.chunks, norms.dtype
     (((250, 250, 250, 250), (32,)), dtype('float32'))
     """
-    _check_quantizer(quantizer)
-    _check_array(x, "x", quantizer.head_dim)
+    check_quantizer(quantizer)
+    check_array(x, "x", quantizer.head_dim)
     check_vectors(quantizer._spec, x, "x")
     both = x.map_blocks(
         _encode_block,
@@ -126,7 +128,7 @@ def decode(
     >>> bool((((restored - x) ** 2).sum() < 0.01 * (x**2).sum()).compute())
     True
     """
-    _check_packed(packed, norms, quantizer)
+    check_packed(packed, norms, quantizer)
     wanted = quantizer.dtype if dtype is None else _arrays.float_dtype(dtype)
     axes = tuple(range(packed.ndim))
     return da.blockwise(
@@ -178,7 +180,7 @@ def inner_products(
     >>> tqd.inner_products(np.eye(1, 64), *tqd.encode(x, tq), tq).compute().round(1).tolist()
     [[1.0, 0.0, 0.0]]
     """
-    query = _check_query(query, packed, norms, quantizer)
+    query = check_query(query, packed, norms, quantizer)
     m, n = query.ndim - 1, packed.ndim - 1
     return da.blockwise(
         _inner_products_block,
@@ -236,7 +238,7 @@ def topk(
     >>> indices.tolist()
     [[7], [2]]
     """
-    query = _check_query(query, packed, norms, quantizer)
+    query = check_query(query, packed, norms, quantizer)
     if packed.ndim != 2:
         raise ValueError(f"packed must have shape [n, packed_dim], got {packed.shape}; reshape it")
     if math.isnan(norms.shape[0]):
@@ -356,7 +358,7 @@ def _single(block: Any) -> Any:
     return block
 
 
-# -- checks and metas ----------------------------------------------------------------------------
+# -- parts of a graph ----------------------------------------------------------------------------
 
 
 def _shared(quantizer: TurboQuant) -> Delayed:
@@ -379,57 +381,3 @@ def _query_and_packed(query: da.Array, packed: da.Array, norms: da.Array) -> tup
         *(packed, (*packed_axes, m + n + 1)),
         *(norms, packed_axes),
     )
-
-
-def _check_quantizer(quantizer: Any) -> None:
-    if not isinstance(quantizer, TurboQuant):
-        raise TypeError(f"quantizer must be a TurboQuant, got {type(quantizer).__name__}")
-
-
-def _check_array(array: Any, name: str, last: int) -> None:
-    if not isinstance(array, da.Array):
-        raise TypeError(
-            f"{name} must be a dask array, got {type(array).__module__}.{type(array).__name__}; "
-            "the methods of TurboQuant take other arrays, or use dask.array.from_array"
-        )
-    if array.ndim == 0:
-        raise ValueError(f"{name} needs at least one axis, got a 0-d array")
-    if array.shape[-1] == last and array.numblocks[-1] != 1:
-        raise ValueError(
-            f"every chunk must hold whole vectors, but the last axis of {name} is cut into "
-            f"{array.chunks[-1]}; use {name}.rechunk({{{array.ndim - 1}: -1}})"
-        )
-
-
-def _check_packed(packed: Any, norms: Any, quantizer: Any) -> None:
-    _check_quantizer(quantizer)
-    _check_array(packed, "packed", quantizer.packed_dim)
-    if not isinstance(norms, da.Array):
-        raise TypeError(f"norms must be a dask array, got {type(norms).__name__}")
-    if packed.dtype != np.uint8 or norms.dtype != np.float32:
-        raise TypeError(
-            "packed must be uint8 and norms float32 as encode returns them, "
-            f"got {packed.dtype} and {norms.dtype}"
-        )
-    if packed.shape[-1] != quantizer.packed_dim:
-        raise ValueError(
-            f"packed must end in an axis of {quantizer.packed_dim} bytes "
-            f"({quantizer.head_dim} codes of {quantizer.bits} bits), got shape {packed.shape}"
-        )
-    if norms.chunks != packed.chunks[:-1]:
-        raise ValueError(
-            "norms must have the shape and chunks of packed without its last axis, "
-            f"{packed.chunks[:-1]}, got {norms.chunks}; rechunk one like the other"
-        )
-    check_same_place(norms._meta, "norms", packed._meta, "packed")
-
-
-def _check_query(query: Any, packed: Any, norms: Any, quantizer: Any) -> da.Array:
-    _check_packed(packed, norms, quantizer)
-    if not isinstance(query, da.Array):
-        array, _ = _arrays.take_in(query, "query")
-        query = da.from_array(array, chunks=array.shape, asarray=False)
-    check_vectors(quantizer._spec, query, "query")
-    _check_array(query, "query", quantizer.head_dim)
-    check_same_place(query._meta, "query", packed._meta, "packed")
-    return query
