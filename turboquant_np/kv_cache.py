@@ -12,10 +12,9 @@ import os
 from collections.abc import Sequence as Sized
 from typing import Any, Literal
 
-import numpy as np
-
 from . import _arrays
 from ._attention_compute import check_host_compute
+from ._kv_bulk import append_tokens, read_tokens
 from ._kv_files import fill_cache, read_cache, write_cache
 from ._kv_memory import allocate_groups
 from ._kv_plan import Windows
@@ -279,31 +278,7 @@ class PagedKVCache(SequenceStore):
         TypeError, ValueError
             If shapes or dtypes do not fit; nothing is changed.
         """
-        k, v = _arrays.take_in(keys, "keys")[0], _arrays.take_in(values, "values")[0]
-        if self.num_layers == 1 and k.ndim == 3 and v.ndim == 3:
-            k, v = k[None], v[None]
-        for name, x in (("keys", k), ("values", v)):
-            if x.ndim != 4 or len(x) != self.num_layers:
-                raise ValueError(
-                    f"{name} must have shape [{self.num_layers} layers, tokens, "
-                    f"{self.num_kv_heads}, {self.head_dim}], got {tuple(x.shape)}"
-                )
-        tokens = int(k.shape[1])
-        of_token = [sequences] * tokens if isinstance(sequences, (int, np.integer)) else sequences
-        if len(of_token) != tokens:
-            raise ValueError(f"got {len(of_token)} sequences for {tokens} tokens")
-        rows: dict[int, list[int]] = {}
-        for row, sequence in enumerate(of_token):
-            rows.setdefault(int(sequence), []).append(row)
-        order = self._xp.asarray(np.array([r for part in rows.values() for r in part], np.int64))
-        counts = [len(part) for part in rows.values()]
-        step = self.begin_step(list(rows), counts, pack_first=True)  # nothing attends to it
-        try:
-            for layer in range(self.num_layers) if tokens else ():
-                step.append(layer, k[layer][order], v[layer][order])
-        except BaseException:
-            step.cancel()
-            raise
+        append_tokens(self, sequences, keys, values)
 
     def read(self, sequence: int, layer: int) -> tuple[Any, Any]:
         """All keys and values of a sequence as attention sees them, decoded; for inspection.
@@ -313,17 +288,7 @@ class PagedKVCache(SequenceStore):
         keys, values : array, float32, shape [length, num_kv_heads, head_dim]
         """
         self._settle()
-        state, memory = self._get(sequence), self._layers[layer]
-        shape = (len(state.pages) * self._windows.block_size, self.num_kv_heads, self.head_dim)
-        keys, values = self._xp.empty((2, *shape), np.float32)
-        for i, page in enumerate(state.pages):
-            part = slice(i * self._windows.block_size, (i + 1) * self._windows.block_size)
-            if page.full:
-                keys[part], values[part] = memory.k_full[page.number], memory.v_full[page.number]
-            else:
-                offset = -1 if state.offset is None else state.offset
-                keys[part], values[part] = memory.decode_page(page.number, offset)
-        return keys[: state.length], values[: state.length]
+        return read_tokens(self, sequence, layer)
 
     # -- the whole cache ---------------------------------------------------------------------------
 
