@@ -164,14 +164,14 @@ def test_blocks_of_a_prefill(num_seqs: int, query_len: int, group: int, kv_heads
     assume(s.rows_per_seq > attention_plan.PAGES_MOST_ROWS)
     p = plan(k, v, s)
     blocks, splits = p.grid
-    most = num_seqs + num_tokens * group // 128  # each sequence may have a tile that is not full
-    tiles = num_seqs * math.ceil(query_len * group / 128) if query_len else most
+    most = num_seqs + num_tokens * group // 192  # each sequence may have a tile that is not full
+    tiles = num_seqs * math.ceil(query_len * group / 192) if query_len else most
     assert blocks == tiles * kv_heads
     assert splits == 1 or blocks * splits <= SMS
-    assert 1 <= splits <= math.ceil(64 * 16 / 128)  # of the longest context
+    assert 1 <= splits <= math.ceil(64 * 16 / 64)  # of the longest context
     assert splits == p.num_ranges
     offset, size = p.scratch["parts"]
-    assert size >= blocks * splits * 128 * 128 * 2
+    assert size >= blocks * splits * 192 * 128 * 2
     assert offset + size <= p.scratch_bytes
 
 

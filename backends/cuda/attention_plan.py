@@ -30,8 +30,8 @@ WIDE_HEADS, WIDE_PAGES = 4, 4  # kv heads of a block of attention_wide, pages th
 WIDE_THREADS = 640
 WIDE_MERGED_ROWS = 64  # output rows that its warps merge at a time
 PREFILL_DIMS = (64, 96, 128)  # head_dim of attention_prefill
-PREFILL_ROWS, PREFILL_TILE = 128, 128  # query rows of a block, tokens of a tile
-PREFILL_THREADS = 384
+PREFILL_ROWS, PREFILL_TILE = 192, 64  # query rows of a block, tokens of a tile
+PREFILL_STAGES, PREFILL_THREADS = 3, 512
 FEW_SEQUENCES = 128  # that attention_pages can plan by itself
 PAGES_SHARED_BYTES = 231424  # the most a block may have, less 1 KB
 
@@ -275,10 +275,11 @@ def _prefill_plan(
 
 
 def prefill_shared_bytes(key: CodecSpec, value: CodecSpec) -> int:
-    """PREFILL_BYTES of attention_prefill: tables, two stages of tiles, query rows, the rest."""
+    """PREFILL_BYTES of attention_prefill: tables, stages of tiles, query rows, the rest."""
     tables = sum(128 << (2 * q.bits if q.bits <= 4 else q.bits) for q in (key, value))
-    rows = 4 * PREFILL_TILE + PREFILL_ROWS
-    return tables + rows * key.head_dim * 2 + 4 * PREFILL_TILE * 4 + 80
+    rows = 2 * PREFILL_STAGES * PREFILL_TILE + PREFILL_ROWS
+    norms = PREFILL_STAGES * 2 * PREFILL_TILE * 4
+    return tables + rows * key.head_dim * 2 + norms + 32 * PREFILL_STAGES + PREFILL_ROWS // 8
 
 
 def _plan(

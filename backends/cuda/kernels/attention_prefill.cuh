@@ -1,12 +1,12 @@
 // attention_prefill: partial attention for many query rows of a kv head, as prefill has them; any bits,
 // block size and strides, head_dim a multiple of 32 up to 128; compute capability 9.0a.
 //
-//   S = Q K^T   (A = 64 query rows x 16 dims in shared memory, B = dequantised K: 16 dims x 128 tokens)
+//   S = Q K^T   (A = 64 query rows x 16 dims in shared memory, B = dequantised K: 16 dims x 64 tokens)
 //   O = P V     (A = 64 query rows x 16 tokens in registers,   B = dequantised V: 16 tokens x D dims)
 //
 // A block has TILE_ROWS query rows of one kv head and one split of the tokens that they see.  Four
 // warps dequantise tiles of TILE_TOKENS tokens from global memory into rings of float16 tiles in shared
-// memory, which two groups of four warps with 64 rows each multiply with: a code is looked up once for
+// memory, which three groups of four warps with 64 rows each multiply with: a code is looked up once for
 // all rows of the block.  The scales of the vectors stay apart: those of keys multiply the scores, those
 // of values the softmax weights.
 //
@@ -21,15 +21,15 @@
 #include "attention_wgmma.cuh"
 
 #define TILE_TOKENS UNIT
-#define GROUPS 2                       // of four warps that multiply
+#define GROUPS 3                       // of four warps that multiply
 #define GROUP_ROWS 64
 #define TILE_ROWS (GROUPS * GROUP_ROWS)
 #define PREFILL_THREADS (128 * (GROUPS + 1))
-#define STAGES 2
-#define TURN 3                         // named barriers of the groups
+#define STAGES 3
+#define TURN (1 + GROUPS)              // first of the groups' second named barriers
 #define FEW_BITS (KEY_BITS <= 4 && VALUE_BITS <= 4)
-#define PRODUCER_REGISTERS (FEW_BITS ? 88 : 104)  // codes that wait take them; as many as 168 for all
-#define CONSUMER_REGISTERS (FEW_BITS ? 208 : 200)
+#define PRODUCER_REGISTERS (FEW_BITS ? 56 : 80)  // codes that wait take them; as many as 128 for all
+#define CONSUMER_REGISTERS (FEW_BITS ? 152 : 144)
 #define NORM_LIMIT 1024.f
 #define WEIGHT_LIMIT 0x7800            // 2^15 as float16
 
@@ -42,8 +42,9 @@
 #define VALUES_AT (KEYS_AT + STAGES * TILE_BYTES)
 #define QUERY_AT (VALUES_AT + STAGES * TILE_BYTES)
 #define GROUP_BYTES (GROUP_ROWS * D * 2)
-#define NORMS_AT (QUERY_AT + GROUPS * GROUP_BYTES)     // [stage][side][token]
-#define BARRIERS_AT (NORMS_AT + STAGES * 2 * TILE_TOKENS * 4)
+#define NORMS_AT (QUERY_AT + GROUPS * GROUP_BYTES)     // [stage][pair of tokens][side][token]
+#define NORM_BYTES (2 * TILE_TOKENS * 4)               // of a stage
+#define BARRIERS_AT (NORMS_AT + STAGES * NORM_BYTES)
 #define FACTORS_AT (BARRIERS_AT + 4 * STAGES * 8)
 #define PREFILL_BYTES (FACTORS_AT + 4 * TILE_ROWS / 32)
 
@@ -54,7 +55,8 @@
 #define SUMS (D % 64 ? 16 : 32)        // registers of a lane for 32 or 64 dims of output
 #define OUT_DIMS (2 * SUMS)
 
-static_assert(PREFILL && D % 32 == 0 && D <= 128 && TILE_TOKENS == 128, "attention_prefill");
+static_assert(2 * TILE_TOKENS == 128, "a norm for each thread that dequantises");
+static_assert(PREFILL && D % 32 == 0 && D <= 128 && TILE_TOKENS == 64, "attention_prefill");
 
 enum { KEY_FULL, KEY_EMPTY, VALUE_FULL, VALUE_EMPTY };
 __device__ __forceinline__ u32 prefill_barrier(u32 smem, int kind, u32 stage) {
@@ -150,7 +152,7 @@ __device__ __forceinline__ void dequantise(const Args& a, const Share& share, u3
   const int high = share.rows.high, low = share.rows.low;
 
   auto clamp = [&](int t) { return max(low, min(t, high)); };  // tokens that no row sees are not looked up
-  // Blocks of the tokens of a lane in a tile; token 8 * quarter of these is the one whose norms it loads.
+  // Blocks of the tokens of a lane in a tile.
   auto locate = [&](int u, int (&blocks)[2 * BATCH]) {
 #pragma unroll
     for (int i = 0; i < 2 * BATCH; i++) blocks[i] = table[(i64)(clamp(u * TILE_TOKENS + first + 8 * i) / BLOCK_SIZE) * a.table_step];
@@ -170,22 +172,19 @@ __device__ __forceinline__ void dequantise(const Args& a, const Share& share, u3
   auto load_values = [&](int u, const int (&blocks)[2 * BATCH], int half) {
     load(v[half], values, a.v_block_stride, a.v_token_stride, u, blocks, half);
   };
-  float key_norm, value_norm;
-  auto load_norm = [&](float& norm, const float* base, i64 block_stride, i64 token_stride, int u, const int (&blocks)[2 * BATCH]) {
-    int block = blocks[0];
-#pragma unroll
-    for (int i = 1; i < 2 * BATCH; i++) block = quarter == i ? blocks[i] : block;
-    norm = base[block * block_stride + clamp(u * TILE_TOKENS + tid) % BLOCK_SIZE * token_stride];
+  // Half of the threads have norms of keys, half those of values, one token of a tile each.
+  const int side = tid / TILE_TOKENS, own = tid % TILE_TOKENS;
+  const float* norms = side ? value_norms : key_norms;
+  const i64 norm_block_stride = side ? a.vn_block_stride : a.kn_block_stride;
+  const i64 norm_token_stride = side ? a.vn_token_stride : a.kn_token_stride;
+  auto block_of_norm = [&](int u) { return table[(i64)(clamp(u * TILE_TOKENS + own) / BLOCK_SIZE) * a.table_step]; };
+  auto load_norm = [&](int u, i64 block) {
+    return norms[block * norm_block_stride + clamp(u * TILE_TOKENS + own) % BLOCK_SIZE * norm_token_stride];
   };
-  auto load_key_norm = [&](int u, const int (&blocks)[2 * BATCH]) {
-    load_norm(key_norm, key_norms, a.kn_block_stride, a.kn_token_stride, u, blocks);
-  };
-  auto load_value_norm = [&](int u, const int (&blocks)[2 * BATCH]) {
-    load_norm(value_norm, value_norms, a.vn_block_stride, a.vn_token_stride, u, blocks);
-  };
-  auto put_norm = [&](int u, u32 stage, int side, float norm) {
-    const int t = u * TILE_TOKENS + tid;
-    store32(smem + NORMS_AT + ((2 * stage + side) * TILE_TOKENS + tid) * 4, t < low || t > high ? 0u : __float_as_uint(norm));
+  auto put_norm = [&](int u, u32 stage, float norm) {
+    const int t = u * TILE_TOKENS + own;
+    const float x = t < low || t > high ? 0.f : side ? norm : norm * factor;
+    store32(smem + NORMS_AT + stage * NORM_BYTES + own / 2 * 16 + side * 8 + own % 2 * 4, __float_as_uint(x));
   };
   auto hand_over = [&](int kind, u32 stage) {
     fence_async();
@@ -195,29 +194,33 @@ __device__ __forceinline__ void dequantise(const Args& a, const Share& share, u3
 
   // What has been put is loaded for the next tile at once, so that loads have the time of a tile.  Of
   // tiles behind the last one they are loads of its tokens.
-  int blocks[2 * BATCH], next[2 * BATCH];
+  int blocks[2 * BATCH], next[2 * BATCH], norm_block, next_norm_block;
+  float norm;
   u32 stage = 0, phase = 1;
   if (share.begin < share.end) {
     locate(share.begin, blocks);
-    load_keys(share.begin, blocks, 0), load_keys(share.begin, blocks, 1), load_key_norm(share.begin, blocks);
-    load_values(share.begin, blocks, 0), load_values(share.begin, blocks, 1), load_value_norm(share.begin, blocks);
+    norm_block = block_of_norm(share.begin);
+    load_keys(share.begin, blocks, 0), load_keys(share.begin, blocks, 1);
+    load_values(share.begin, blocks, 0), load_values(share.begin, blocks, 1);
+    norm = load_norm(share.begin, norm_block);
     locate(share.begin + 1, blocks);
+    norm_block = block_of_norm(share.begin + 1);
   }
 #pragma unroll 1
   for (int u = share.begin; u < share.end; u++) {
     const u32 keys_to = to + stage * TILE_BYTES, values_to = keys_to + VALUES_AT - KEYS_AT, second = BATCH * 128;
     locate(u + 2, next);
+    next_norm_block = block_of_norm(u + 2);
     barrier_wait(prefill_barrier(smem, KEY_EMPTY, stage), phase);
-    put_norm(u, stage, 0, key_norm * factor);
-    load_key_norm(u + 1, blocks);
+    if (side == 0) put_norm(u, stage, norm);
     k[0].template put<K_TABLE>(keys_to, bank);
     load_keys(u + 1, blocks, 0);
     k[1].template put<K_TABLE>(keys_to + second, bank);
     load_keys(u + 1, blocks, 1);
     hand_over(KEY_FULL, stage);
     barrier_wait(prefill_barrier(smem, VALUE_EMPTY, stage), phase);
-    put_norm(u, stage, 1, value_norm);
-    load_value_norm(u + 1, blocks);
+    if (side == 1) put_norm(u, stage, norm);
+    norm = load_norm(u + 1, norm_block);
     v[0].template put<V_TABLE>(values_to, bank);
     load_values(u + 1, blocks, 0);
     v[1].template put<V_TABLE>(values_to + second, bank);
@@ -225,6 +228,7 @@ __device__ __forceinline__ void dequantise(const Args& a, const Share& share, u3
     hand_over(VALUE_FULL, stage);
 #pragma unroll
     for (int i = 0; i < 2 * BATCH; i++) blocks[i] = next[i];
+    norm_block = next_norm_block;
     if (++stage == STAGES) stage = 0, phase ^= 1;
   }
 }
@@ -309,16 +313,16 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
   auto start_scores = [&](u32 at) {
 #pragma unroll
     for (int k = 0; k < D / 16; k++)
-      wgmma_128(x, query + k * (2 * 16 * GROUP_ROWS >> 4), keys + ((at * TILE_BYTES + k * 2 * 16 * TILE_TOKENS) >> 4), k > 0);
+      wgmma_64(x, query + k * (2 * 16 * GROUP_ROWS >> 4), keys + ((at * TILE_BYTES + k * 2 * 16 * TILE_TOKENS) >> 4), k > 0);
     wgmma_commit();
   };
   // The groups take turns at the tensor cores: one computes weights while the other multiplies.
-  auto take_turn = [&] { named_barrier(TURN + group, 128 * GROUPS); };
+  auto take_turn = [&] { named_barrier(TURN + group, 256); };
   auto give_turn = [&](bool last) {
-    if (!last || group == 0) named_barrier_arrive(TURN + 1 - group, 128 * GROUPS);
+    if (!last || group + 1 < GROUPS) named_barrier_arrive(TURN + (group + 1) % GROUPS, 256);
   };
   if (share.begin < share.end) {
-    if (group == 1) give_turn(false);
+    if (group + 1 == GROUPS) give_turn(false);
     barrier_wait(prefill_barrier(smem, KEY_FULL, 0), 0);
     take_turn();
     wgmma_fence();
@@ -329,7 +333,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
   }
 #pragma unroll 1
   for (int u = share.begin; u < share.end; u++) {
-    const u32 norms = smem + NORMS_AT + stage * 2 * TILE_TOKENS * 4 + 8 * c;
+    const u32 norms = smem + NORMS_AT + stage * NORM_BYTES + 16 * c;  // a pair of tokens: of keys, of values
     barrier_wait(prefill_barrier(smem, VALUE_FULL, stage), phase);
     // Weights relative to a running maximum, times the norms of the values and `up`, a power of two, go
     // to float16.  The maximum of an earlier tile is tried first, and kept if nothing exceeds 2^15.
@@ -338,12 +342,12 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
     auto weigh = [&](auto scores_lack_norms) {
       constexpr bool SCALE = decltype(scores_lack_norms)::value;
       u32 largest[2] = {0, 0};
+      uint4 ahead = ring128(norms);
 #pragma unroll
       for (int j = 0; j < TILE_TOKENS / 8; j++) {
-        uint2 n;
-        if (SCALE) n = ring64(norms + 32 * j);
-        const uint2 v = ring64(norms + TILE_TOKENS * 4 + 32 * j);
-        const float weight[2] = {__uint_as_float(v.x) * up, __uint_as_float(v.y) * up};
+        const uint4 n = ahead;
+        if (j + 1 < TILE_TOKENS / 8) ahead = ring128(norms + 64 * (j + 1));
+        const float weight[2] = {__uint_as_float(n.z) * up, __uint_as_float(n.w) * up};
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           const float y0 = x[4 * j + 2 * e], y1 = x[4 * j + 2 * e + 1];
@@ -364,8 +368,8 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
       float most[2] = {__uint_as_float(0xff800000u), __uint_as_float(0xff800000u)}, norm = 0.f;
 #pragma unroll
       for (int j = 0; j < TILE_TOKENS / 8; j++) {
-        const uint2 n = ring64(norms + 32 * j), v = ring64(norms + TILE_TOKENS * 4 + 32 * j);
-        norm = fmaxf(norm, fmaxf(fabsf(__uint_as_float(v.x)), fabsf(__uint_as_float(v.y))));
+        const uint4 n = ring128(norms + 64 * j);
+        norm = fmaxf(norm, fmaxf(fabsf(__uint_as_float(n.z)), fabsf(__uint_as_float(n.w))));
         x[4 * j] *= __uint_as_float(n.x), x[4 * j + 2] *= __uint_as_float(n.x);
         x[4 * j + 1] *= __uint_as_float(n.y), x[4 * j + 3] *= __uint_as_float(n.y);
       }
@@ -433,24 +437,31 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
     if (lane == 0) barrier_arrive(prefill_barrier(smem, VALUE_EMPTY, at));
   }
 
-  // Write the part.
-  const i64 part = share.segment.slot * a.num_kv_heads + share.kv_head;
+  // Write the part, by way of the query's place in shared memory: 16 rows of this warp, chunks of 8 dims,
+  // turned around so that neither writing nor reading meets a bank twice.
+  const i64 part = (share.segment.slot * a.num_kv_heads + share.kv_head) * a.tile_rows;
+  const u32 rows_at = query_at + warp * 16 * 2 * D;
+  auto chunk_at = [&](int r, int chunk) { return rows_at + r * 2 * D + (chunk ^ r & (D % 64 ? 3 : 7)) * 16; };
+  named_barrier(1 + group, 128);  // the last products have read the query
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     sum[e] += __shfl_xor_sync(FULL_WARP, sum[e], 1);
     sum[e] += __shfl_xor_sync(FULL_WARP, sum[e], 2);
-    if (row[e] >= share.rows.count) continue;
     const float inverse = sum[e] > 0.f ? __fdividef(1.f, sum[e]) : 0.f;
-    const i64 at = part * a.tile_rows + row[e];
-    u32* to = (u32*)(a.parts + at * O_PITCH) + c;
 #pragma unroll
-    for (int b = 0; b < D / OUT_DIMS; b++)
-#pragma unroll
-      for (int j = 0; j < OUT_DIMS / 8; j++)
-        to[(b * OUT_DIMS + 8 * j) / 2] = pack_half2(o[b][4 * j + 2 * e] * inverse, o[b][4 * j + 2 * e + 1] * inverse);
-    if (c == 0)
-      a.part_scales[at] = make_float2(
+    for (int i = 0; i < D / 8; i++) {
+      const float* pair = o[8 * i / OUT_DIMS] + 4 * (i % (OUT_DIMS / 8)) + 2 * e;
+      store32(chunk_at(g + 8 * e, i) + 4 * c, pack_half2(pair[0] * inverse, pair[1] * inverse));
+    }
+    if (c == 0 && row[e] < share.rows.count)
+      a.part_scales[part + row[e]] = make_float2(
           sum[e] > 0.f ? top[e] + log2_approx(sum[e]) + (capped ? 0.f : shift[e]) : __uint_as_float(0xff800000u), 1.f / up);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = lane; i < 16 * D / 8; i += 32) {
+    const int r = i / (D / 8), chunk = i % (D / 8), at = group * GROUP_ROWS + 16 * warp + r;
+    if (at < share.rows.count) *(uint4*)(a.parts + (part + at) * O_PITCH + 8 * chunk) = ring128(chunk_at(r, chunk));
   }
 }
 
@@ -477,6 +488,6 @@ extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) attention_prefi
     dequantise(a, share, smem, tid - 128 * GROUPS, factor);
   } else {
     take_registers<CONSUMER_REGISTERS>();
-    multiply(a, share, smem, group, tid % 128, factor);
+    multiply(a, share, smem, here(group), tid % 128, factor);  // else group is computed again and again
   }
 }

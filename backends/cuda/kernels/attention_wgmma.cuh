@@ -7,17 +7,13 @@
 #define NAMES_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES_64 NAMES_32 ", " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-
-// d += a b, or d = a b: a is 64x16, b 16x128, both float16 in shared memory as wgmma_matrix says, with
+// d += a b, or d = a b: a is 64x16, b 16x64, both float16 in shared memory as wgmma_matrix says, with
 // the 16 summed numbers of a row or column of either side by side.
-__device__ __forceinline__ void wgmma_128(float (&d)[64], u64 a, u64 b, bool add) {
+__device__ __forceinline__ void wgmma_64(float (&d)[32], u64 a, u64 b, bool add) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
-      : FLOATS_32(d, 0), FLOATS_32(d, 32)
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" NAMES_32 "}, %32, %33, p, 1, 1, 0, 0;\n}"
+      : FLOATS_32(d, 0)
       : "l"(a), "l"(b), "r"((u32)add));
 }
 // d += a b: a is 64x16 in registers, b 16x64 or 16x32 in shared memory, neighbours across side by side.
