@@ -76,8 +76,9 @@ def kernel(file: str, name: str, macros: Macros, threads: int, shared_bytes: int
     key = (cupy.cuda.runtime.getDevice(), file, name, tuple(macros.items()), threads, shared_bytes)
     found = _kernels.get(key)
     if found is None:
+        function = _compile(file, name, macros)  # threads compile at the same time
         with _lock:
-            found = _kernels.get(key) or _compile(file, name, macros, threads, shared_bytes)
+            found = _kernels.get(key) or _launchable(function, threads, shared_bytes)
             _kernels[key] = found
     return found
 
@@ -90,11 +91,18 @@ def compiled_kernels() -> list[str]:
     ]
 
 
-def _compile(file: str, name: str, macros: Macros, threads: int, shared_bytes: int) -> Kernel:
+def _compile(file: str, name: str, macros: Macros) -> Any:
     import cupy
 
     module = cupy.RawModule(code=variant_source(file, macros), options=("-std=c++17",))
     function = module.get_function(name)
+    function.kernel  # noqa: B018 (compiles, which get_function need not do)
+    return function
+
+
+def _launchable(function: Any, threads: int, shared_bytes: int) -> Kernel:
+    import cupy
+
     # CuPy gives the same function for the same source: another launch may have asked for more.
     if shared_bytes > function.max_dynamic_shared_size_bytes:
         function.max_dynamic_shared_size_bytes = shared_bytes
