@@ -323,6 +323,7 @@ def document(**changes: Any) -> dict[str, Any]:
         name: []
         for name in (
             "lines",
+            "launches",
             "peers",
             "missing",
             "growth",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from turboquant_np.bench import append, attention, attention_peers, codec, rooflines
+from turboquant_np.bench import (
+    append,
+    attention,
+    attention_peers,
+    codec,
+    launches,
+    report,
+    report_peers,
+    rooflines,
+)
+from turboquant_np.bench.goals import goals
 from turboquant_np.bench.options import Options
+from turboquant_np.bench.run import sort_rows
 from turboquant_np.bench.timing import CudaClock
 from turboquant_np.bench.workbench import Workbench
 
@@ -189,6 +201,69 @@ def test_attention_has_a_graph_of_four_steps_or_more(bench: Workbench, order: st
     assert row["share"] == pytest.approx(row["bytes_per_second"] / row["rooflines"]["read"])
 
 
+def test_several_tokens_are_compared_with_tensor_cores(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooflines, "TENSOR_SIDE", 16)
+    case = attention.AttentionCase(
+        context=48, head_dim=64, kv_heads=2, dtype="float16", query_len=48
+    )
+    assert attention.Problem(bench, case).sets == 1, "a prefill is no matter of memory"
+    row = attention.measure(bench, case)
+    assert row["operation"] == "prefill"
+    assert row["operations"] == 2 * 8 * (48 * 49 // 2) * 64
+    assert row["rooflines"]["tensor cores"] == pytest.approx(16**3 / 2e-3)
+    assert row["limit"] == "tensor cores"
+    text = report.attention([row])
+    assert f"{row['share']:.0%} t" in text
+    assert f"{2 * row['operations'] / row['seconds'] / 1e12:#.3g}" in text
+    one = attention.measure(bench, replace(case, query_len=1))
+    assert "tensor cores" not in one["rooflines"]
+
+
+def test_a_loop_waits_for_its_last_call_only() -> None:
+    cuda = FakeCuda()
+    clock = CudaClock(cuda)
+    waited: list[int] = []
+    clock.stream.synchronize = lambda: waited.append(len(cuda.done))
+    runners = clock.loops([cuda.step("a"), cuda.step("b")], 3)
+    assert {runner.timed for runner in runners.values()} == {"loop"}
+    for runner in (runners["loop"], runners["host"]):
+        assert runner.seconds() > 0
+    assert cuda.done == ["a", "b", "a"] * 2
+    assert waited == [3, 6], "also where the wait is not timed, so that nothing piles up"
+
+
+def test_a_loop_is_timed_with_its_wait_and_its_calls_without() -> None:
+    cuda = FakeCuda()
+    clock = CudaClock(cuda)
+    clock.stream.synchronize = lambda: time.sleep(0.02)
+    runners = clock.loops([cuda.step("a")], 2)
+    assert runners["loop"].seconds() >= 0.01
+    assert runners["host"].seconds() < 0.01
+
+
+def test_launches_are_compared_with_a_graph(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launches, "CALLS", 4)
+    case = attention.AttentionCase(context=48, head_dim=64, kv_heads=2, dtype="float16")
+    row = launches.measure(bench, case)
+    assert row["graph_seconds"] == pytest.approx(2e-3 / row["sets"])
+    assert row["loop_seconds"] > 0
+    assert row["host_seconds"] > 0
+    assert (row["graph_timed"], row["calls"]) == ("graph", 4)
+    found = sort_rows([row, {"missing": "why"}, {"peer": "x"}, {"section": "codec"}])
+    assert found["launches"] == [row]
+    assert [len(rows) for rows in found.values()] == [1, 1, 1, 1]
+    row |= {"graph_seconds": 110e-6, "loop_seconds": 117e-6, "host_seconds": 21.5e-6}
+    line = report.launches([row]).splitlines()[-1]
+    assert line.split()[-8:] == ["110", "us", "117", "us", "7.00", "us", "21.5", "us"]
+    assert len(list(launches.tasks(bench))) == len(launches.cases())
+    on_cpu = Workbench(Options(megabytes=0.01), threads=1)
+    assert list(launches.tasks(on_cpu)) == []
+
+
 def test_slots(bench: Workbench) -> None:
     row = append.measure_slots(bench, 4, 4, "float16")
     assert row["timed"] == "graph"
@@ -206,6 +281,49 @@ def test_cases_for_a_gpu_are_those_of_the_goals() -> None:
     assert set(cases) < set(full)
     assert {64, 96, 128, 256} <= {case.head_dim for case in full}
     assert {1, 2, 4, 8} <= {case.query_len for case in full}
+
+
+def test_every_goal_of_a_gpu_is_measured_by_default() -> None:
+    """By cases and comparisons as they are, with speeds that are made up."""
+    rooflines = {"read": 4e12, "copy": 4e12}
+    made_up = {"seconds": 1e-5, "bytes_per_second": 3.9e12, "rooflines": rooflines}
+    lines: list[dict[str, Any]] = [
+        {"section": "attention", "operation": case.operation, **vars(case), **made_up}
+        for case in attention.attention_cases(full=False, device="cuda")
+    ]
+    lines += [
+        {"section": "codec", "operation": operation, **vars(case), **made_up}
+        for case in codec.codec_cases(full=False, device="cuda")
+        for operation in ("encode", "decode")
+    ]
+    slots = {"section": "append", "operation": "encode_paged", "bits": 4, "dtype": "float16"}
+    lines += [{**slots, "sequences": 256, **made_up}]
+    called = {"loop_seconds": 1.5e-5, "graph_seconds": 1e-5}
+    queued = [{"operation": c.operation, **vars(c), **called} for c in launches.cases()]
+    peers = [
+        {
+            "peer": peer.name,
+            "operation": case.operation,
+            "batch": case.batch,
+            "context": case.context,
+            "query_heads": case.kv_heads * case.group,
+            "ours": f"{bits} bits",
+            "ratio": 0.6 if case.operation == "prefill" else 7.0,
+        }
+        for peer in attention_peers.ATTENTION_PEERS
+        for case in attention_peers.cases(full=False, device="cuda")
+        for bits in (4, 3, 2)
+    ]
+    peers[-1]["ratio"] = 0.1  # of no interest: not FlashInfer's
+    options = {"device": "cuda", "sections": ["codec", "attention", "append"]}
+    document = {"about": {"options": options}, "lines": lines, "launches": queued, "peers": peers}
+    found = list(goals(document))
+    assert [goal.what for goal in found if goal.measured is None] == []
+    assert len({goal.what for goal in found}) == len(found)
+    measured = {goal.what: goal.measured for goal in found}
+    assert measured["batch 32 x 8192, added by a call without a graph"] == pytest.approx(5)
+    assert measured["batch 32 x 8192, 8 query tokens over 1"] == 1
+    assert measured["prefill of 8192 over FlashInfer float16"] == 0.6
 
 
 def test_flashinfer_gets_pages_in_the_order_of_its_table(
@@ -252,3 +370,79 @@ def test_flashinfer_gets_pages_in_the_order_of_its_table(
     (first, *_) = attention_peers.flashinfer_decode(problem, "float8")
     assert 1e-3 < attention_peers.relative_difference(first().numpy()[:, 0], with_ours) < 0.1
     assert len(made) == 2
+
+
+def test_flashinfer_gets_a_whole_prompt(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    asked: list[str] = []
+
+    def prefill(query: Any, k: Any, v: Any, *, causal: bool, backend: str) -> Any:
+        assert causal
+        assert {x.dtype for x in (query, k, v)} == {torch.float16}
+        asked.append(backend)
+        q, k, v = (x.float().transpose(0, 1)[None] for x in (query, k, v))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+    fake = types.ModuleType("flashinfer")
+    fake.single_prefill_with_kv_cache = prefill  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashinfer", fake)
+    monkeypatch.setattr(attention_peers, "TORCH_DEVICE", {"cuda": "cpu", "cpu": "cpu"})
+    monkeypatch.setattr(attention_peers, "on_current_stream", lambda call: call)
+    monkeypatch.setattr(rooflines, "TENSOR_SIDE", 16)
+    case = attention.AttentionCase(
+        context=48, head_dim=64, kv_heads=2, dtype="float16", order="head", query_len=48
+    )
+    problem = attention.Problem(bench, case)
+    (call,) = attention_peers.flashinfer_prefill(problem, "fa3")
+    got, ours = call().numpy(), problem.steps()[0]()
+    assert got.shape == ours.shape == (1, 48, 8, 64)
+    assert attention_peers.relative_difference(got, ours) < 2e-3
+    assert set(asked) == {"fa3"}
+    for other in (replace(case, query_len=1), replace(case, batch=2), replace(case, query_len=8)):
+        with pytest.raises(ValueError, match="one whole prompt only"):
+            attention_peers.flashinfer_prefill(attention.Problem(bench, other), "fa3")
+
+    (sdpa,) = attention_peers.torch_sdpa(problem, "float16")
+    assert attention_peers.relative_difference(sdpa().float().numpy(), ours) < 2e-3
+    with pytest.raises(ValueError, match="writes all scores to memory"):
+        attention_peers.torch_sdpa(problem, "float32")
+
+    peer = next(p for p in attention_peers.ATTENTION_PEERS if "fa3" in p.name)
+    monkeypatch.setattr("turboquant_np.bench.peers.version", lambda name: "0")
+    monkeypatch.setattr(attention_peers, "NOT_COMPARABLE", (peer.name,))  # needs CuPy's arrays
+    (row,) = attention_peers.beside(bench, peer, case)
+    assert (row["operation"], row["ours"]) == ("prefill", "4 bits")
+    assert row["operations"] == 2 * 8 * (48 * 49 // 2) * 64
+    row |= {"operations": 550 * 10**9, "peer_seconds": 2e-3, "our_seconds": 4e-3}
+    text = report_peers.attention([row])
+    assert "2.00 ms (550 TFLOP/s)" in text
+    assert "4.00 ms (275 TFLOP/s)" in text
+
+
+def test_the_roofline_of_a_gpu_ends_at_its_tensor_cores() -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from turboquant_np.bench.plot import roofline
+
+    memories = {"read": 4e12, "copy": 4e12}
+    base = {"section": "attention", "threads": 0, "moved_bytes": 10**8}
+    lines = [
+        {**base, "operation": "step", "operations": 10**9, "rooflines": memories},
+        {
+            **base,
+            "operation": "prefill",
+            "operations": 10**12,
+            "rooflines": memories | {"tensor cores": 4e14},
+        },
+    ]
+    for row in lines:
+        row["operations_per_second"] = 1e12
+    axes = Figure().subplots()
+    assert roofline(axes, {"lines": lines})
+    assert [text.get_text() for text in axes.texts] == [
+        "memory, 4000 GB/s",
+        "tensor cores, 400,000 G/s",
+    ]
+    assert max(float(y) for line in axes.lines for y in line.get_ydata()) == 4e5

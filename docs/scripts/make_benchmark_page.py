@@ -21,7 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from turboquant_np.bench import report
+from turboquant_np.bench import report, report_peers
+from turboquant_np.bench.cells import section_of
 from turboquant_np.bench.plot import PLOTS, draw
 
 Document = dict[str, Any]
@@ -30,12 +31,13 @@ SECTIONS: dict[str, Callable[[Document], str]] = {
     "rooflines": lambda d: report.rooflines(d["lines"]),
     "codec": lambda d: report.codec(d["lines"]),
     "attention": lambda d: report.attention(d["lines"]),
+    "launches": lambda d: report.launches(d["launches"]),
     "append": lambda d: report.append(d["lines"]),
     "growth": lambda d: report.growth(d["growth"]),
-    "growth-rooflines": lambda d: report.rooflines(report.section_of(d["lines"], "growth")),
-    "codec-peers": lambda d: report.codec_peers(d["peers"]),
-    "attention-peers": lambda d: report.attention_peers(d["peers"]),
-    "missing": lambda d: report.missing(d["missing"]),
+    "growth-rooflines": lambda d: report.rooflines(section_of(d["lines"], "growth")),
+    "codec-peers": lambda d: report_peers.codec(d["peers"]),
+    "attention-peers": lambda d: report_peers.attention(d["peers"]),
+    "missing": lambda d: report_peers.missing(d["missing"]),
     "validation": lambda d: report.validation(d["validation"]),
     "goals": lambda d: report.goals(d["goals"]),
 }

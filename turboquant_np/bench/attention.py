@@ -54,6 +54,13 @@ class AttentionCase:
         return -(-self.context // self.block_size)
 
     @property
+    def operation(self) -> str:
+        """What tables call it."""
+        if self.query_len == 1:
+            return "step"
+        return "prefill" if self.query_len == self.context else "several tokens"
+
+    @property
     def visible(self) -> int:
         """Pairs of query token and cached token that it sees, of one sequence and head."""
         first = self.context - self.query_len + 1
@@ -62,6 +69,9 @@ class AttentionCase:
 
 def with_bits(case: AttentionCase, bits: int) -> AttentionCase:
     return replace(case, key_bits=bits, value_bits=bits)
+
+
+CUDA_PREFILL = AttentionCase(dtype="float16", order="head", query_len=8192)
 
 
 def attention_cases(full: bool, device: str) -> list[AttentionCase]:
@@ -91,16 +101,16 @@ def _cuda_cases(full: bool) -> list[AttentionCase]:
         for bits in (4, 3, 2)
         for batch, context in shapes
     ]
-    cases += [with_bits(base, 8), replace(base, group=8), replace(base, order="token")]
-    cases += [replace(base, query_len=8)]
+    cases += [with_bits(base, bits) for bits in (5, 6, 8)]
+    cases += [replace(base, value_bits=2), replace(base, key_bits=5)]
+    cases += [replace(base, head_dim=d) for d in (64, 96, 256)]
+    cases += [replace(base, group=8), replace(base, block_size=32), replace(base, order="token")]
+    cases += [replace(base, query_len=8), CUDA_PREFILL]
     if full:
-        cases += [replace(base, head_dim=d) for d in (64, 96, 256)]
-        cases += [with_bits(base, bits) for bits in (5, 6)]
-        cases += [replace(base, value_bits=2), replace(base, block_size=32)]
+        cases += [with_bits(base, 7)]
         cases += [replace(base, query_len=n) for n in (2, 4)]
         cases += [replace(base, dtype=dtype) for dtype in ("bfloat16", "float32")]
         cases += [replace(base, batch=8, context=32768), replace(base, batch=4, context=4096)]
-        cases += [replace(base, batch=1, context=8192, query_len=8192)]
     return cases
 
 
@@ -124,6 +134,8 @@ class Problem:
         vector_bytes = sum(q.packed_dim + 4 for q in self.quantizers)
         self.cache_bytes = case.batch * width * case.block_size * case.kv_heads * vector_bytes
         self.sets = min(MOST_SETS, max(1, -(-bench.num_bytes // self.cache_bytes)))
+        if case.operation == "prefill" and bench.device == "cuda":
+            self.sets = 1  # arithmetic takes hundreds of times as long as reading the cache
         blocks = self.sets * case.batch * width
         pages = (blocks, case.block_size, case.kv_heads)
         if case.order == "head":
@@ -183,10 +195,12 @@ class Problem:
         """Codes and norms of the context, query and result; two products with each vector."""
         case = self.case
         heads = case.batch * case.kv_heads * case.group
+        on_tensor_cores = self.bench.device == "cuda" and case.query_len > 1
         return Work(
             self.cache_bytes + 2 * self.query.nbytes,
             "read",
             2 * heads * case.visible * case.head_dim,
+            "tensor cores" if on_tensor_cores else "multiply-add",
         )
 
     def decoded(self, i: int, dtype: Any) -> tuple[Any, Any]:
@@ -209,12 +223,9 @@ class Problem:
 def measure(bench: Workbench, case: AttentionCase, section: str = "attention") -> Row:
     """The line of one case."""
     problem = Problem(bench, case)
-    operation = "step" if case.query_len == 1 else "several tokens"
-    if case.query_len == case.context:
-        operation = "prefill"
     row = bench.measure(
         section,
-        operation,
+        case.operation,
         asdict(case) | {"sets": problem.sets},
         case.batch * case.query_len,
         problem.work(),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .attention import AttentionCase, Problem, with_bits
+from .attention import CUDA_PREFILL, AttentionCase, Problem, with_bits
 from .peers import Peer, compare, peer_tasks
 from .timing import Call
 from .workbench import Row, Task, Workbench
@@ -65,6 +65,8 @@ def torch_sdpa(problem: Problem, dtype: str) -> list[Call]:
     prefill = case.query_len > 1
     if prefill and case.query_len != case.context:
         raise ValueError("several tokens behind a context need a mask; not compared")
+    if prefill and problem.bench.device == "cuda" and kind.itemsize > 2:
+        raise ValueError("writes all scores to memory in float32; not compared")
     plain = problem.query.astype(np.float32).reshape(
         case.batch, case.query_len, case.kv_heads * case.group, case.head_dim
     )
@@ -138,6 +140,28 @@ def flashinfer_decode(problem: Problem, dtype: str) -> list[Call]:
     return steps
 
 
+def flashinfer_prefill(problem: Problem, backend: str) -> list[Call]:
+    """Its causal attention of one whole prompt to itself, in float16, nothing paged.
+
+    Of its kernels "fa3" is for Hopper and "fa2" for everything since Ampere; which one it takes by
+    itself is one of the two.
+    """
+    import torch
+
+    flashinfer = import_module("flashinfer")
+    case = problem.case
+    if case.operation != "prefill" or case.batch > 1:
+        raise ValueError("one whole prompt only")
+    query = torch.from_dlpack(problem.query.astype(np.float16))[0]
+    attend = partial(flashinfer.single_prefill_with_kv_cache, causal=True, backend=backend)
+    steps: list[Call] = []
+    for i in range(_sets(problem, 2)):
+        k, v = (torch.from_dlpack(vectors)[0] for vectors in problem.decoded(i, "float16"))
+        run = partial(attend, query, k, v)
+        steps.append(_place(problem, lambda run=run: run()[None]))  # type: ignore[misc]
+    return steps
+
+
 def aither_paged(problem: Problem) -> list[Call]:
     """`TQPagedAttention` of the torch package whose names ours follow, on packed pages.
 
@@ -184,6 +208,16 @@ ATTENTION_PEERS = (
         GPU,
         partial(flashinfer_decode, dtype="float8"),
     ),
+    *(
+        Peer(
+            f"FlashInfer {backend} float16",
+            "flashinfer-python",
+            "flashinfer",
+            GPU,
+            partial(flashinfer_prefill, backend=backend),
+        )
+        for backend in ("fa3", "fa2")
+    ),
     Peer("aither-kvcache", "aither-kvcache", "turboquant", GPU, aither_paged),
 )
 NOT_COMPARABLE = ("aither-kvcache",)  # see there
@@ -195,7 +229,7 @@ def cases(full: bool, device: str) -> list[AttentionCase]:
         base = AttentionCase(batch=32, dtype="float16", order="head")
         shapes = [(32, 8192), (64, 2048), (1, 131072), (1, 8192)]
         found = [replace(base, batch=b, context=c) for b, c in shapes]
-        return [*found, *(replace(base, group=8) for _ in range(full))]
+        return [*found, CUDA_PREFILL, *(replace(base, group=8) for _ in range(full))]
     base = AttentionCase()
     found = [replace(base, context=context) for context in (1024, 8192, 32768)]
     found += [replace(base, context=1024, batch=batch) for batch in (4, 16)]
@@ -234,11 +268,19 @@ def beside(bench: Workbench, peer: Peer, case: AttentionCase) -> list[Row]:
         "kv_heads": case.kv_heads,
         "head_dim": case.head_dim,
         "dtype": case.dtype,
+        "operations": problem.work().operations,
     }
-    operation = "step" if case.query_len == 1 else "prefill"
     tokens = case.batch * case.query_len
     rows = compare(
-        bench, peer, "attention", operation, settings, tokens, ours, theirs, difference=difference
+        bench,
+        peer,
+        "attention",
+        case.operation,
+        settings,
+        tokens,
+        ours,
+        theirs,
+        difference=difference,
     )
     del problem, theirs, ours
     bench.free()

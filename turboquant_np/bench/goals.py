@@ -35,7 +35,12 @@ def goals(document: Document) -> Iterator[Goal]:
         if "codec" in asked:
             yield from _cuda_codec(document["lines"])
         if "attention" in asked:
-            yield from _cuda_attention(document["lines"], document["peers"])
+            yield from _cuda_steps(document["lines"], document["peers"])
+            yield from _cuda_other_steps(document["lines"])
+            yield from _cuda_launches(document["launches"])
+            yield from _cuda_prefill(document["peers"])
+        if "append" in asked:
+            yield from _cuda_append(document["lines"])
         return
     if "codec" in asked:
         yield from _codec(document["lines"], document["peers"])
@@ -136,10 +141,25 @@ CUDA_MICROSECONDS = {4: 11, 3: 11, 2: 10}  # batch 1, context 8192
 CUDA_OVER_FLASHINFER = {4: 4.0, 3: 5.0, 2: 6.5}  # batch 32, context 8192
 
 
-def _cuda_attention(lines: Rows, peers: Rows) -> Iterator[Goal]:
+CUDA_OTHER_STEPS: dict[str, dict[str, int]] = {  # batch 32, context 8192: what is not as above
+    "group 8": {"group": 8},
+    "head_dim 64": {"head_dim": 64},
+    "head_dim 96": {"head_dim": 96},
+    "head_dim 256": {"head_dim": 256},
+    "blocks of 32 tokens": {"block_size": 32},
+    "5 bits": {"key_bits": 5, "value_bits": 5},
+    "6 bits": {"key_bits": 6, "value_bits": 6},
+    "8 bits": {"key_bits": 8, "value_bits": 8},
+    "keys of 4, values of 2 bits": {"key_bits": 4, "value_bits": 2},
+    "keys of 5, values of 4 bits": {"key_bits": 5, "value_bits": 4},
+}
+CUDA_OTHER_SHARE = 0.80
+CUDA_BASE = {"group": 4, "head_dim": 128, "block_size": 16, "dtype": "float16"}
+
+
+def _cuda_steps(lines: Rows, peers: Rows) -> Iterator[Goal]:
     """32 query and 8 kv heads of 128, 16-token pages in random order, in a CUDA graph."""
-    base = {"section": "attention", "operation": "step", "group": 4, "head_dim": 128}
-    base |= {"block_size": 16, "dtype": "float16"}
+    base = {"section": "attention", "operation": "step", **CUDA_BASE}
     for (batch, context), needed in CUDA_STEPS.items():
         for bits, share in needed.items():
             settings = {"batch": batch, "context": context, "key_bits": bits, "value_bits": bits}
@@ -154,3 +174,43 @@ def _cuda_attention(lines: Rows, peers: Rows) -> Iterator[Goal]:
         shape = {"batch": 32, "context": 8192, "query_heads": 32}
         measured = _find(peers, "ratio", peer="FlashInfer float16", ours=f"{bits} bits", **shape)
         yield Goal(f"batch 32 x 8192, {bits} bits, over FlashInfer float16", ratio, "x", measured)
+
+
+def _cuda_other_steps(lines: Rows) -> Iterator[Goal]:
+    """Other shapes and bits, of a copy; eight query tokens, over one."""
+    base = {"section": "attention", "batch": 32, "context": 8192, "key_bits": 4, "value_bits": 4}
+    base |= CUDA_BASE
+    for what, changes in CUDA_OTHER_STEPS.items():
+        share = _share_of_copy(lines, **base | {"operation": "step"} | changes)
+        yield Goal(f"batch 32 x 8192, {what}, of a copy", CUDA_OTHER_SHARE, "", share)
+    one = _find(lines, "seconds", query_len=1, **base)
+    eight = _find(lines, "seconds", query_len=8, **base)
+    times = eight / one if one and eight else None
+    yield Goal("batch 32 x 8192, 8 query tokens over 1", 1.25, "x", times, at_most=True)
+
+
+def _cuda_launches(launches: Rows) -> Iterator[Goal]:
+    """What a call from Python adds to a step in a graph."""
+    row = _row(launches, operation="step", batch=32, context=8192, key_bits=4, value_bits=4)
+    more = None if row is None else (row["loop_seconds"] - row["graph_seconds"]) * 1e6
+    yield Goal("batch 32 x 8192, added by a call without a graph", 8, "us", more, at_most=True)
+
+
+def _cuda_prefill(peers: Rows) -> Iterator[Goal]:
+    """Of the fastest kernel that FlashInfer has for an unpacked prompt."""
+    ratios = [
+        row["ratio"]
+        for row in peers
+        if row["peer"].startswith("FlashInfer")
+        and (row["operation"], row["context"]) == ("prefill", 8192)
+    ]
+    fastest = min(ratios, default=None)
+    yield Goal("prefill of 8192 over FlashInfer float16", 0.5, "x", fastest)
+
+
+def _cuda_append(lines: Rows) -> Iterator[Goal]:
+    """A new token of each sequence, keys and values of 8 heads."""
+    settings = {"operation": "encode_paged", "sequences": 256, "bits": 4, "dtype": "float16"}
+    seconds = _find(lines, "seconds", section="append", **settings)
+    time = None if seconds is None else seconds * 1e6
+    yield Goal("encode_paged of 256 tokens", 6, "us", time, at_most=True)

@@ -104,7 +104,9 @@ def roofline(axes: Axes, document: Document) -> bool:
         found = [row["rooflines"][n] for row in rows for n in names if n in row["rooflines"]]
         return median(found) if found else None
 
-    bandwidth, peak = rate("read") or rate("copy"), rate("multiply-add")
+    bandwidth = rate("read") or rate("copy")
+    peaks = {name: rate(name) for name in ("multiply-add", "tensor cores")}
+    ceiling, peak = next((found for found in peaks.items() if found[1]), ("", None))
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["operation"], []).append(row)
@@ -124,7 +126,7 @@ def roofline(axes: Axes, document: Document) -> bool:
         if peak and knee < x[1]:
             axes.plot([knee, x[1]], [peak / 1e9] * 2, color=GREY, lw=2)
             axes.annotate(
-                f"multiply-adds, {peak / 1e9:.0f} G/s",
+                f"{ceiling}, {peak / 1e9:,.0f} G/s",
                 (x[1], peak / 1e9 * 1.06),
                 ha="right",
                 color="#555555",

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
 from ..commands.table import format_table, significant
+from . import report_peers
+from .cells import Row, seconds, section_of, share, short, threads
 
 __all__ = ["report"]
 
-Row = dict[str, Any]
-LETTERS = {"read": "r", "copy": "c", "multiply-add": "m", "float64 product": "p"}
 LEGEND = (
     "In brackets: the share of what the machine could do at best, and what limits it: r reading or "
     "c copying memory\n(bytes that must move, over what was measured in turns), m fused "
-    "multiply-adds in registers, p a float64 matrix product"
+    "multiply-adds in registers, t a float16\nmatrix product on tensor cores, p a float64 matrix "
+    "product"
 )
+ALWAYS_ALIKE = {  # limits that are always measured with the same size, unlike products; their units
+    "read": ("GB/s", 1e9),
+    "copy": ("GB/s", 1e9),
+    "multiply-add": ("G/s", 1e9),
+    "tensor cores": ("T/s", 1e12),
+}
 DISTURBED = 1.5  # the highest over the lowest of a limit that is always measured alike
-TO_DIFFER = 0.1  # relative difference of two results that is more than their precisions explain
 
 
 def report(document: dict[str, Any]) -> str:
@@ -29,11 +35,12 @@ def report(document: dict[str, Any]) -> str:
         rooflines(lines),
         codec(lines),
         attention(lines),
+        launches(document["launches"]),
         append(lines),
         growth(document["growth"]),
-        codec_peers(document["peers"]),
-        attention_peers(document["peers"]),
-        missing(document["missing"]),
+        report_peers.codec(document["peers"]),
+        report_peers.attention(document["peers"]),
+        report_peers.missing(document["missing"]),
         startup(document["startup"]),
         validation(document["validation"]),
         memory(document["memory"]),
@@ -51,41 +58,6 @@ def about(found: Row) -> str:
     return f"{found['machine']}, {found['cores']} cores, {found['date']}\n{versions}\n{backend}"
 
 
-# -- cells -----------------------------------------------------------------------------------------
-
-
-def threads(row: Row) -> str:
-    return str(row["threads"]) if row["threads"] else "GPU"
-
-
-def seconds(value: float) -> str:
-    """Three digits and a unit.
-
-    Examples
-    --------
-    >>> from turboquant_np.bench.report import seconds
-    >>> seconds(1.5), seconds(0.00123), seconds(4.56e-6)
-    ('1.50 s', '1.23 ms', '4.56 us')
-    """
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if value >= size:
-            return f"{significant(value / size).rstrip('.')} {unit}"
-    return f"{significant(value / 1e-6).rstrip('.')} us"
-
-
-def share(row: Row) -> str:
-    return f"{row['share']:.0%} {LETTERS[row['limit']]}"
-
-
-def short(name: str) -> str:
-    """How tables call a setting."""
-    return {"operation": "", "head_dim": "d", "query_len": "query\ntokens"}.get(name, name)
-
-
-def section_of(lines: Iterable[Row], name: str) -> list[Row]:
-    return [row for row in lines if row["section"] == name]
-
-
 # -- lines -----------------------------------------------------------------------------------------
 
 
@@ -97,25 +69,24 @@ def rooflines(lines: Iterable[Row]) -> str:
             rates.setdefault((threads(row), name), []).append(rate)
     if not rates:
         return ""
-    # always of the same size, unlike products
-    units = {"read": "GB/s", "copy": "GB/s", "multiply-add": "G/s"}
     table = format_table(
         ["threads", "limit", "median", "lowest", "highest", ""],
         [
             [
                 where,
                 name,
-                *(significant(f(found) / 1e9) for f in (median, min, max)),
-                units.get(name, "G/s"),
+                *(significant(f(found) / size) for f in (median, min, max)),
+                unit,
             ]
             for (where, name), found in rates.items()
+            for unit, size in [ALWAYS_ALIKE.get(name, ("G/s", 1e9))]
         ],
     )
     text = f"Limits of the machine, measured in turns with everything below\n\n{table}"
     disturbed = [
         f"{name} ({where})"
         for (where, name), found in rates.items()
-        if name in units and max(found) > DISTURBED * min(found)
+        if name in ALWAYS_ALIKE and max(found) > DISTURBED * min(found)
     ]
     if disturbed:
         text += (
@@ -163,6 +134,7 @@ def attention(lines: Iterable[Row]) -> str:
     rows = section_of(lines, "attention")
     if not rows:
         return ""
+    on_gpu = any("copy" in row["rooflines"] for row in rows)
     table = format_table(
         [
             "",
@@ -177,7 +149,9 @@ def attention(lines: Iterable[Row]) -> str:
             "query",
             "time",
             "GB/s",
+            "TFLOP/s",
             "of the limit",
+            *(["of a copy"] if on_gpu else []),
         ],
         [
             [
@@ -193,7 +167,9 @@ def attention(lines: Iterable[Row]) -> str:
                 row["dtype"],
                 seconds(row["seconds"]),
                 significant(row["bytes_per_second"] / 1e9),
+                significant(2 * row["operations_per_second"] / 1e12),
                 share(row),
+                *([_of_copy(row)] if on_gpu else []),
             ]
             for row in rows
         ],
@@ -201,9 +177,51 @@ def attention(lines: Iterable[Row]) -> str:
     return f"Attention on packed pages in random order, all of a call included\n{LEGEND}\n\n{table}"
 
 
+def _of_copy(row: Row) -> str:
+    """Bytes a second over those that a copy reads and writes."""
+    copy = row["rooflines"].get("copy")
+    return f"{row['bytes_per_second'] / copy:.0%}" if copy else ""
+
+
 def _bits(row: Row) -> str:
     both = (row["key_bits"], row["value_bits"])
     return str(both[0]) if both[0] == both[1] else f"{both[0]}/{both[1]}"
+
+
+def launches(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    table = format_table(
+        [
+            "",
+            "batch",
+            "context",
+            "bits",
+            "page",
+            "in a graph",
+            "in a loop",
+            "more",
+            "a call returns\nafter",
+        ],
+        [
+            [
+                row["operation"],
+                str(row["batch"]),
+                f"{row['context']:,}",
+                _bits(row),
+                f"{row['block_size']} {row['order']}",
+                seconds(row["graph_seconds"]),
+                seconds(row["loop_seconds"]),
+                seconds(row["loop_seconds"] - row["graph_seconds"]),
+                seconds(row["host_seconds"]),
+            ]
+            for row in rows
+        ],
+    )
+    return (
+        f"Steps called from Python, {rows[0]['calls']} in a row and the last one waited for, "
+        f"beside the same in a CUDA graph\n\n{table}"
+    )
 
 
 def append(lines: Iterable[Row]) -> str:
@@ -280,98 +298,6 @@ def _growth_verdict(row: Row) -> str:
         start, stop = row["steepest_between"]
         return f"steep from {start:,} to {stop:,}"
     return "ok"
-
-
-# -- other libraries -------------------------------------------------------------------------------
-
-
-def _beside(
-    rows: list[Row],
-    axes: Sequence[str],
-    theirs: Callable[[Row], str],
-    ours: Callable[[Row], str],
-    unit: str,
-) -> str:
-    """A line for each comparison, a pair of columns for each of our variants."""
-    variants = list(dict.fromkeys(row["ours"] for row in rows))
-    table: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        line = tuple(threads(row) if axis == "threads" else str(row[axis]) for axis in axes)
-        table.setdefault(line, {})[row["ours"]] = row
-    header = [*map(short, axes), f"theirs{unit}"]
-    for variant in variants:
-        header += [f"ours, {variant}{unit}", "times\nfaster"]
-    lines = []
-    for line, cells in table.items():
-        cell = next(iter(cells.values()))
-        texts = [*line, theirs(cell)]
-        for variant in variants:
-            found = cells.get(variant)
-            texts += [ours(found), f"{found['ratio']:.2f}"] if found else ["", ""]
-        lines.append(texts)
-    return format_table(header, lines)
-
-
-def codec_peers(peers: Iterable[Row]) -> str:
-    rows = section_of(peers, "codec")
-    rows.sort(key=lambda r: (r["operation"] == "decode", r["threads"], r["head_dim"], r["bits"]))
-    if not rows:
-        return ""
-
-    def speed(row: Row, key: str) -> str:
-        return significant(row["items"] / row[key] / 1e6)
-
-    table = _beside(
-        rows,
-        ("peer", "version", "operation", "head_dim", "bits", "threads"),
-        lambda row: speed(row, "peer_seconds"),
-        lambda row: speed(row, "our_seconds"),
-        "\nMvec/s",
-    )
-    return f"Codec beside other libraries: float32, the same vectors, in turns, medians\n\n{table}"
-
-
-def attention_peers(peers: Iterable[Row]) -> str:
-    rows = section_of(peers, "attention")
-    rows.sort(key=lambda r: (r["operation"] == "prefill", r["threads"], r["context"], r["batch"]))
-    if not rows:
-        return ""
-    named = [row | {"results": _agreement(row), "timed": _timed(row)} for row in rows]
-    axes = ["peer", "version", "operation", "batch", "context", "query_heads", "threads"]
-    table = _beside(
-        named,
-        [*axes, "results", "timed"],
-        lambda row: seconds(row["peer_seconds"]),
-        lambda row: seconds(row["our_seconds"]),
-        "",
-    )
-    return (
-        "Attention beside other libraries: the same vectors, decoded to their dtype, in turns, "
-        f"medians\n\n{table}"
-    )
-
-
-def _agreement(row: Row) -> str:
-    difference = row["difference"]
-    if difference is None:
-        return "not compared"
-    return "DIFFER" if difference > TO_DIFFER else f"agree to {difference:.0e}"
-
-
-def _timed(row: Row) -> str:
-    """How theirs was timed, and ours where that differs."""
-    both = (row["peer_timed"], row["our_timed"])
-    return both[0] if both[0] == both[1] else f"{both[0]}, ours {both[1]}"
-
-
-def missing(rows: list[Row]) -> str:
-    if not rows:
-        return ""
-    table = format_table(
-        ["section", "library", "why"],
-        [[row["section"], row["peer"], row["missing"]] for row in rows],
-    )
-    return f"Not compared\n\n{table}"
 
 
 # -- without a clock -------------------------------------------------------------------------------

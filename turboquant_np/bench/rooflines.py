@@ -1,10 +1,11 @@
-"""What a machine can do at best: read memory, copy memory, multiply and add, multiply matrices."""
+"""What a machine can do at best: read and copy memory, multiply and add, multiply matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from .timing import Call
 __all__ = ["CudaRooflines", "HostRooflines", "Roofline", "Rooflines"]
 
 ROUNDS = 1_000_000  # of multiply-adds: some milliseconds, long against waking threads
+TENSOR_SIDE = 8192  # of square matrices that tensor cores multiply: about as long
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Rooflines(Protocol):
     def copy(self) -> Roofline: ...
 
     def multiply_add(self) -> Roofline | None: ...
+
+    def tensor_cores(self) -> Roofline | None: ...
 
     def float64_product(self, rows: int, d: int) -> Roofline: ...
 
@@ -78,6 +82,9 @@ class HostRooflines:
         operations = ROUNDS * OPERATIONS_PER_ROUND * vector_width() * self._threads
         call: Call = lambda: self._run(lambda *_: multiply_add(ROUNDS))  # noqa: E731
         return Roofline(call, operations, "G/s")
+
+    def tensor_cores(self) -> Roofline | None:
+        return None
 
     def float64_product(self, rows: int, d: int) -> Roofline:
         """A product [rows, d] @ [d, d] by the BLAS of NumPy."""
@@ -134,6 +141,24 @@ class CudaRooflines:
 
     def multiply_add(self) -> Roofline | None:
         return None
+
+    def tensor_cores(self) -> Roofline | None:
+        """A product of square float16 matrices by cuBLAS, which adds in float32.
+
+        Of random numbers: with zeros the chip needs less power, and is faster than it ever is with
+        data.
+        """
+        left, right, out = self._halves
+        call: Call = lambda: self._cupy.matmul(left, right, out=out)  # noqa: E731
+        return Roofline(call, TENSOR_SIDE**3, "G/s")
+
+    @cached_property
+    def _halves(self) -> tuple[Any, Any, Any]:
+        random, shape = self._cupy.random.default_rng(1), (TENSOR_SIDE, TENSOR_SIDE)
+        left, right = (
+            random.standard_normal(shape, dtype=np.float32).astype(np.float16) for _ in range(2)
+        )
+        return left, right, self._cupy.empty_like(left)
 
     def float64_product(self, rows: int, d: int) -> Roofline:
         """By cuBLAS."""

@@ -38,7 +38,8 @@ def run(options: Options) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``schema``, ``about``; ``lines`` (see `Line`), ``peers`` and ``missing`` (see `compare`);
+        ``schema``, ``about``; ``lines`` (see `Line`), ``launches`` (see `launches.measure`),
+        ``peers`` and ``missing`` (see `compare`);
         ``growth`` (see `slopes`), ``startup``, ``validation``, ``memory``, ``contexts``, ``goals``.
         What was not asked for is empty.
     """
@@ -82,13 +83,13 @@ def _timed_rows(options: Options) -> list[Row]:
 
 
 def sort_rows(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """``lines``, ``peers`` and ``missing``, what is missing once."""
-    kinds: dict[str, list[Row]] = {"lines": [], "peers": [], "missing": []}
+    """``lines``, ``launches``, ``peers`` and ``missing``, what is missing once."""
+    kinds: dict[str, list[Row]] = {"lines": [], "launches": [], "peers": [], "missing": []}
+    keys = {"missing": "missing", "peer": "peers", "loop_seconds": "launches"}
     for row in rows:
-        if "missing" not in row:
-            kinds["peers" if "peer" in row else "lines"].append(row)
-        elif row not in kinds["missing"]:
-            kinds["missing"].append(row)
+        kind = next((kind for key, kind in keys.items() if key in row), "lines")
+        if kind != "missing" or row not in kinds[kind]:
+            kinds[kind].append(row)
     return kinds
 
 

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import cycle
+from functools import partial
+from itertools import cycle, islice
 from statistics import median
 from typing import Any, Protocol
 
@@ -23,8 +24,9 @@ class Runner:
     ----------
     seconds : callable
         Runs it and returns the seconds that one step took.
-    timed : {"calls", "graph", "launches"}
-        Calls on the host, the replay of a CUDA graph of all steps, or all steps launched in a row.
+    timed : {"calls", "graph", "launches", "loop"}
+        Calls on the host, the replay of a CUDA graph of all steps, all steps launched in a row
+        between events, or in a loop by the clock of the host.
     """
 
     seconds: Callable[[], float]
@@ -118,6 +120,32 @@ class CudaClock:
             return float(self.cuda.get_elapsed_time(start, stop)) / 1e3 / len(steps)
 
         return Runner(seconds, "launches" if captured is None else "graph")
+
+    def loops(self, steps: Sequence[Call], count: int) -> dict[str, Runner]:
+        """`count` calls in a row by the clock of the host, `steps` again and again.
+
+        Returns
+        -------
+        dict of str to Runner
+            ``loop`` waits for the last one's result; ``host`` is the time until the last call has
+            returned, and waits after that.
+        """
+        queue = list(islice(cycle(steps), count))
+        stream = self.stream
+
+        def run(waits: bool) -> float:
+            start = time.perf_counter()
+            with stream:
+                for step in queue:
+                    step()
+            returned = time.perf_counter()
+            stream.synchronize()
+            return ((time.perf_counter() if waits else returned) - start) / count
+
+        return {
+            name: Runner(partial(run, waits), "loop")
+            for name, waits in (("loop", True), ("host", False))
+        }
 
     def _capture(self, steps: Sequence[Call]) -> Any:
         """A graph of all steps, or None if something in them cannot be captured."""

@@ -16,6 +16,7 @@ __all__ = ["Line", "Task", "Work", "Workbench"]
 
 Row = dict[str, Any]
 Task = Callable[[], list[Row]]
+ARITHMETIC = {"multiply-add": "multiply_add", "tensor cores": "tensor_cores"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Work:
         The roofline they are compared with.
     operations : int
         Multiply-adds; a lone addition or multiplication takes the place of one.
-    arithmetic : {"multiply-add", "float64 product"}
+    arithmetic : {"multiply-add", "tensor cores", "float64 product"}
         The roofline they are compared with.
     """
 
@@ -186,7 +187,7 @@ class Workbench:
         if product:
             best[work.arithmetic] = self.rooflines.float64_product(*product)
         elif work.operations:
-            best[work.arithmetic] = self.rooflines.multiply_add()
+            best[work.arithmetic] = getattr(self.rooflines, ARITHMETIC[work.arithmetic])()
         measured = {name: roofline for name, roofline in best.items() if roofline is not None}
         runners = {"ours": (clock or self.clock).prepare(steps)}
         runners |= {

@@ -40,12 +40,17 @@ NO_BUSY_WAITING = {
 
 def collect_tasks(bench: Workbench, sweeps: bool) -> Iterable[Task]:
     """What the options ask for; growth but for the number of threads in one process only."""
-    from . import append, attention, attention_peers, codec, codec_peers, growth
+    from . import append, attention, attention_peers, codec, codec_peers, growth, launches
 
     sections = bench.options.sections
-    for name, module in (("codec", codec), ("attention", attention), ("append", append)):
+    for name, modules in (
+        ("codec", (codec,)),
+        ("attention", (attention, launches)),
+        ("append", (append,)),
+    ):
         if name in sections:
-            yield from module.tasks(bench)
+            for module in modules:
+                yield from module.tasks(bench)
     if bench.options.peers:
         for name, peers in (("codec", codec_peers), ("attention", attention_peers)):
             if name in sections:
