@@ -17,13 +17,15 @@ from turboquant_np.bench import (
     attention,
     attention_peers,
     codec,
+    compile_first,
+    growth,
     launches,
     report,
     report_peers,
     rooflines,
 )
 from turboquant_np.bench.goals import goals
-from turboquant_np.bench.options import Options
+from turboquant_np.bench.options import SECTIONS, Options
 from turboquant_np.bench.run import sort_rows
 from turboquant_np.bench.timing import CudaClock
 from turboquant_np.bench.workbench import Workbench
@@ -264,6 +266,37 @@ def test_launches_are_compared_with_a_graph(
     assert list(launches.tasks(on_cpu)) == []
 
 
+def test_kernels_of_all_cases_are_compiled_first(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growth, "memory_to_use", lambda device: 2**32)
+    asked = replace(bench.options, sections=tuple(SECTIONS), full=True)
+    every = Workbench(asked, threads=0)
+    found = set(compile_first.cases(every))
+    assert set(attention.attention_cases(full=True, device="cuda")) < found
+    assert set(codec.codec_cases(full=True, device="cuda")) < found
+    only = Workbench(replace(asked, sections=("memory",)), threads=0)
+    assert list(compile_first.cases(only)) == []
+
+    called: list[Any] = []
+
+    class Problem:
+        def __init__(self, bench: Workbench, case: Any) -> None:
+            assert bench.num_bytes <= 2**20
+            self.case = case
+
+        def steps(self) -> list[Any]:
+            called.append(self.case)
+            raise MemoryError("what fails here fails again when it is measured")
+
+    monkeypatch.setattr(attention, "Problem", Problem)
+    compile_first.compile_first(Workbench(replace(asked, sections=("attention",)), threads=0))
+    assert set(called) == set(attention.attention_cases(full=True, device="cuda"))
+    case = codec.Case(64, 4, 3, "float16")
+    monkeypatch.setattr(compile_first, "cases", lambda bench: [case, case])
+    compile_first.compile_first(every)
+
+
 def test_slots(bench: Workbench) -> None:
     row = append.measure_slots(bench, 4, 4, "float16")
     assert row["timed"] == "graph"
@@ -279,6 +312,8 @@ def test_cases_for_a_gpu_are_those_of_the_goals() -> None:
             assert wanted in cases
     full = attention.attention_cases(full=True, device="cuda")
     assert set(cases) < set(full)
+    quick = codec.codec_cases(full=False, device="cuda")
+    assert set(quick) < set(codec.codec_cases(full=True, device="cuda"))
     assert {64, 96, 128, 256} <= {case.head_dim for case in full}
     assert {1, 2, 4, 8} <= {case.query_len for case in full}
 
@@ -439,7 +474,7 @@ def test_the_roofline_of_a_gpu_ends_at_its_tensor_cores() -> None:
     ]
     for row in lines:
         row["operations_per_second"] = 1e12
-    axes = Figure().subplots()
+    axes: Any = Figure().subplots()
     assert roofline(axes, {"lines": lines})
     assert [text.get_text() for text in axes.texts] == [
         "memory, 4000 GB/s",

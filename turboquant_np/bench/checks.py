@@ -16,12 +16,16 @@ FORMATS = {"float16": None, "4 bits": 4, "3 bits": 3, "2 bits": 2}
 GPU_GIGABYTES = (24, 80)
 
 
+def head_dims(options: Options) -> tuple[int, ...]:
+    """Of the vectors that are validated."""
+    return (64, 80, 128, 256) if options.full else (128,)
+
+
 def validation(options: Options) -> list[dict[str, Any]]:
     """Error of random vectors beside theory: the same judgement as ``turboquant-np validate``."""
-    head_dims = (64, 80, 128, 256) if options.full else (128,)
     return [
         {"head_dim": head_dim} | asdict(judge(_validate(options, head_dim, bits), "norm"))
-        for head_dim in head_dims
+        for head_dim in head_dims(options)
         for bits in range(1, 9)
     ]
 

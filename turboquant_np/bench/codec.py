@@ -53,6 +53,12 @@ def codec_cases(full: bool, device: str = "cpu") -> list[Case]:
             Case(128, 4, 0),
         ]
     head_dims = (64, 80, 96, 112, 128, 192, 256, 768, 1536)
+    if device == "cuda":  # where caches hold float16
+        half = product(head_dims, (2, 3, 4, 8), (3, 1), ("float16",))
+        more = product((128,), (1, 5, 6, 7), (3, 1), ("float16",))
+        floats = product((128,), (2, 3, 4, 8), (3, 1), ("float32",))
+        dense = product((64, 96, 128), (2, 4), (0,), ("float16",))
+        return [Case(*settings) for settings in (*half, *more, *floats, *dense)]
     grid = product(head_dims, (1, 2, 3, 4, 6, 8), (3, 1), ("float32", "float16"))
     haar = [Case(d, bits, 0) for d, bits in product((64, 96, 128, 256, 768), (2, 4))]
     return [*(Case(*settings) for settings in grid), *haar, Case(128, 4, 0, "float16")]

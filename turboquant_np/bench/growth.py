@@ -72,15 +72,17 @@ def memory_to_use(device: str) -> int:
         return 2**30
 
 
-def tasks(bench: Workbench, *, threads_only: bool) -> Iterable[Task]:
-    """All sweeps, or with `threads_only` the lines that differ between numbers of threads alone."""
+def points(
+    bench: Workbench, *, threads_only: bool
+) -> Iterator[tuple[str, attention.AttentionCase | codec.Case, int | None]]:
+    """Sweep, case and number of vectors of each line; see `tasks`."""
     base = attention.AttentionCase()
     vector = codec.Case(128, 4, 3)
     if bench.device == "cuda":
         base = replace(base, dtype="float16", order="head")
         vector = replace(vector, dtype="float16")
-    yield _encode(bench, "threads", vector, None)
-    yield _attend(bench, "threads", replace(base, context=16384))
+    yield "threads", vector, None
+    yield "threads", replace(base, context=16384), None
     if threads_only:
         return
     full, cuda = bench.options.full, bench.device == "cuda"
@@ -93,15 +95,24 @@ def tasks(bench: Workbench, *, threads_only: bool) -> Iterable[Task]:
     for name, cases in sizes.items():
         for case in cases:
             if 2 * case.batch * case.context * case.kv_heads * (case.head_dim // 2 + 4) <= room:
-                yield _attend(bench, name, case)
+                yield name, case, None
     for rows in [4**k for k in range(11 if full or cuda else 10)]:
         if rows * 128 * 8 <= room:
-            yield _encode(bench, "vectors", vector, rows)
+            yield "vectors", vector, rows
     for name, first in (("length", 64), ("other lengths", 96)):
         for d in (first * 2**k for k in range(5)):
-            yield _encode(bench, name, replace(vector, head_dim=d), None)
+            yield name, replace(vector, head_dim=d), None
     for bits in range(1, 9):
-        yield _encode(bench, "bits", replace(vector, bits=bits), None)
+        yield "bits", replace(vector, bits=bits), None
+
+
+def tasks(bench: Workbench, *, threads_only: bool) -> Iterable[Task]:
+    """All sweeps, or with `threads_only` the lines that differ between numbers of threads alone."""
+    for sweep, case, rows in points(bench, threads_only=threads_only):
+        if isinstance(case, codec.Case):
+            yield _encode(bench, sweep, case, rows)
+        else:
+            yield _attend(bench, sweep, case)
 
 
 def _attend(bench: Workbench, sweep: str, case: attention.AttentionCase) -> Task:

@@ -64,6 +64,10 @@ def measure(options: Options, threads: int, sweeps: bool = True) -> list[Row]:
     from ..commands.progress import ProgressBar
 
     bench = Workbench(options, threads)
+    if options.device == "cuda":
+        from .compile_first import compile_first
+
+        compile_first(bench)
     tasks = list(collect_tasks(bench, sweeps))
     where = options.device if options.device != "cpu" else f"{threads} threads"
     rows: list[Row] = []

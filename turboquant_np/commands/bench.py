@@ -52,7 +52,9 @@ def add_parser(subparsers: Any) -> None:
         help=f"what to measure (below); default: {', '.join(QUICK_SECTIONS)}",
     )
     parser.add_argument(
-        "--full", action="store_true", help="every setting and section; takes many minutes"
+        "--full",
+        action="store_true",
+        help="every setting and section; takes many minutes, on a GPU about four",
     )
     parser.add_argument(
         "--peers", action="store_true", help="compare with other libraries installed"
