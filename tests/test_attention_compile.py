@@ -144,9 +144,9 @@ def test_prefill_kernel_spills_little(bits: tuple[int, int], head_dim: int, dens
     assert spill <= WALK_BYTES
     assert registers * plan.threads <= 65536
     assert used["attention_query"][0] == used["attention_merge"][0] == 0
-    fours = {name for name in used if name.endswith("fours")}
-    assert len(fours) == (2 if head_dim != 96 and not dense else 0)
-    assert all(used[name][0] == 0 for name in fours)
+    many = {name for name in used if name.endswith("many")}
+    assert len(many) == (2 if head_dim != 96 and not dense else 0)
+    assert all(used[name][0] == 0 for name in many)
 
 
 @pytest.mark.parametrize(

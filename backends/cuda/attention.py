@@ -21,6 +21,7 @@ from turboquant_np.rotation import HadamardRotation
 
 from .attention_plan import (
     ALIGNMENT,
+    MANY_DIMS,
     MERGE_WARPS,
     WINDOW_THREADS,
     Layout,
@@ -263,10 +264,11 @@ def launches(
     steps = [launch(plan.kernel, plan.grid, plan.threads, (), plan.shared_bytes, plan.fused)]
     if not plan.fused:
         dense_grid = (-(-rows // DENSE_ROWS),)
-        each = plan.rows_per_warp
-        kind = "_fours" if each == 4 else ""
-        merge_grid = (-(-rows * plan.merge_warps // (each * MERGE_WARPS)),)
-        query_grid = (-(-rows // (each * QUERY_WARPS)) + 1,)
+        kind = "_many" if plan.many_rows else ""
+        merge_rows, query_rows = MERGE_WARPS // plan.merge_warps, QUERY_WARPS
+        if plan.many_rows:
+            merge_rows = query_rows = 32 * QUERY_WARPS * MANY_DIMS // plan.macros["D"]
+        merge_grid, query_grid = (-(-rows // merge_rows),), (-(-rows // query_rows) + 1,)
         steps.insert(0, launch(f"attention_query{kind}", query_grid, 32 * QUERY_WARPS))
         steps.append(launch(f"attention_merge{kind}", merge_grid, 32 * MERGE_WARPS))
         if "matrix" in keys:

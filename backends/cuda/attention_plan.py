@@ -36,6 +36,7 @@ FEW_SEQUENCES = 128  # that attention_pages can plan by itself
 PAGES_SHARED_BYTES = 231424  # the most a block may have, less 1 KB
 
 MERGE_WARPS = 8  # of a block of attention_merge
+MANY_DIMS = 32  # of a lane of attention_query_many and attention_merge_many
 MERGED_ROWS = 32  # that a block of attention_pages merges at a time; more get a launch of their own
 LEAST_PARTS = 4  # of an output row that a warp of attention_merge takes
 SCRATCH_SHARE = 0.018  # of a long packed cache; with more, there are half as many parts
@@ -133,9 +134,9 @@ class Plan:
         return self.grid[self.kernel == "attention_prefill"]
 
     @property
-    def rows_per_warp(self) -> int:
-        """Rows that a warp of the launches before and behind the parts takes at once."""
-        return 4 if self.macros.get("FOUR_ROWS") else 1
+    def many_rows(self) -> bool:
+        """Whether the launches before and behind the parts take MANY_ROWS at once."""
+        return bool(self.macros.get("MANY_ROWS"))
 
 
 def make_plan(
@@ -255,8 +256,8 @@ def _prefill_plan(
     warps = MERGE_WARPS
     while warps > 1 and splits < LEAST_PARTS * warps:
         warps //= 2
-    fours = shapes.wide_query and not dense and key.head_dim != 96 and warps == 1
-    macros["FOUR_ROWS"] = int(fours)
+    many = shapes.wide_query and not dense and key.head_dim != 96 and warps == 1
+    macros["MANY_ROWS"] = int(many)
     return Plan(
         "attention_prefill.cu",
         "attention_prefill",

@@ -46,10 +46,10 @@ __device__ __forceinline__ void transform_eighth(float (&v)[LANE_DIMS], int part
   }
 }
 // Dims of a row of the query, 16 bytes at a time.
-__device__ __forceinline__ void load_dims(const Args& a, i64 at, float (&v)[LANE_DIMS]) {
+template <int COUNT> __device__ __forceinline__ void load_dims(const Args& a, i64 at, float (&v)[COUNT]) {
   if (a.query_dtype == FLOAT32) {
 #pragma unroll
-    for (int i = 0; i < LANE_DIMS / 4; i++) {
+    for (int i = 0; i < COUNT / 4; i++) {
       const uint4 x = ((const uint4*)((const float*)a.query + at))[i];
       v[4 * i] = __uint_as_float(x.x), v[4 * i + 1] = __uint_as_float(x.y);
       v[4 * i + 2] = __uint_as_float(x.z), v[4 * i + 3] = __uint_as_float(x.w);
@@ -57,7 +57,7 @@ __device__ __forceinline__ void load_dims(const Args& a, i64 at, float (&v)[LANE
     return;
   }
 #pragma unroll
-  for (int i = 0; i < LANE_DIMS / 8; i++) {
+  for (int i = 0; i < COUNT / 8; i++) {
     const uint4 x = ((const uint4*)((const u16*)a.query + at))[i];
     if (a.query_dtype == FLOAT16) {
       unpack_halves(x, v + 8 * i);

@@ -3,4 +3,4 @@
 #include "attention_dense.cuh"
 #include "attention_prefill.cuh"
 #include "attention_merge.cuh"
-#include "attention_fours.cuh"
+#include "attention_many.cuh"
