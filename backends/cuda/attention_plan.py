@@ -24,16 +24,18 @@ HEAD_MAJOR_BLOCKS = (16, 32, 64)  # tokens
 PAGES_HEADS = 8  # kv heads of a block
 PAGES_ROW_TILES = (1, 2, 4)  # of 8 query rows each, that read a page together
 PAGES_MOST_ROWS = 64  # query rows of a sequence; each tile reads the pages again
-PAGES_THREADS, PAGES_MOST_THREADS = 288, 384
+FEW_WARPS, MANY_WARPS = 8, 16  # of a block, that turn pages into parts
+WARPS_BESIDE = 4  # of a block, if warps hand registers to each other; else 1
 MOST_SUMS = 512  # row tiles times head_dim, whose sums fit the registers of a warp
 WIDE_HEADS, WIDE_PAGES = 4, 4  # kv heads of a block of attention_wide, pages that it takes at once
-WIDE_THREADS = 640
 WIDE_MERGED_ROWS = 64  # output rows that its warps merge at a time
 PREFILL_DIMS = (64, 96, 128)  # head_dim of attention_prefill
 PREFILL_ROWS, PREFILL_TILE = 192, 64  # query rows of a block, tokens of a tile
 PREFILL_STAGES, PREFILL_THREADS = 3, 512
 FEW_SEQUENCES = 128  # that attention_pages can plan by itself
 PAGES_SHARED_BYTES = 231424  # the most a block may have, less 1 KB
+
+TRIAL: dict[str, int] = {}  # to time variants
 
 MERGE_WARPS = 8  # of a block of attention_merge
 MANY_DIMS = 32  # of a lane of attention_query_many and attention_merge_many
@@ -203,9 +205,12 @@ def make_plan(
     fused = may_fuse and tiles == 1 and shapes.num_query_rows <= MERGED_ROWS * num_sms
     macros |= {"ROW_TILES": tiles, "FUSED": int(fused)}
 
+    warps = consumer_warps(key, value, tiles)
+    pages = pages_per_warp(key, value, tiles)
+    macros |= {k: n for k, n in TRIAL.items() if k.isupper()}
+
     def plan(heads: int) -> Plan:
-        shares = PAGES_HEADS // heads
-        pages = pages_per_warp(key, value, tiles)
+        shares = warps // heads
         variant = macros | {"HEADS": heads, "SHARES": shares, "SUB": pages}
         variant["UNIT"] = PAGE * pages * shares
         groups = shapes.num_kv_heads // heads
@@ -214,7 +219,7 @@ def make_plan(
     heads = min(shapes.num_kv_heads, PAGES_HEADS)
     if order == "head":  # a stage is whole blocks
         of_block = shapes.block_size // PAGE
-        while pages_per_warp(key, value, tiles) * (PAGES_HEADS // heads) % of_block:
+        while pages * (warps // heads) % of_block:
             heads //= 2
     whole = plan(heads)
     tokens = shapes.num_seqs * shapes.max_blocks * shapes.block_size
@@ -295,12 +300,15 @@ def _plan(
     """Cut the tokens into ranges for `blocks` blocks."""
     wide, fused = kernel == "attention_wide", bool(macros.get("FUSED"))
     pages = wide or kernel == "attention_pages"
-    threads = PAGES_THREADS if pages else SPLIT_THREADS
+    threads, warps = SPLIT_THREADS, MERGE_WARPS
     options: tuple[str, ...] = ("-std=c++17",)
-    if wide or (pages and (macros["ROW_TILES"] > 2 or macros["D"] > 128)):
-        # Warps hand registers to each other.
-        threads = WIDE_THREADS if wide else PAGES_MOST_THREADS
-        options = ("-arch=sm_90a", *options)
+    if pages:
+        warps = macros["HEADS"] * macros["SHARES"]
+        if warps == MANY_WARPS or macros["ROW_TILES"] > 2 or macros["D"] > 128:
+            threads = 32 * (warps + WARPS_BESIDE)
+            options = ("-arch=sm_90a", *options)  # warps hand registers to each other
+        else:
+            threads = 32 * (warps + 1)
     rows = (shapes.query_len or shapes.num_tokens) * shapes.group
     tile_rows = max(1, min(most_rows, rows))
     items = max_items(shapes, tile_rows)
@@ -311,10 +319,12 @@ def _plan(
         macros["D"], shapes, slots * shapes.num_kv_heads * tile_rows, dense
     )
     parts = ranges / max(1, items)  # of an output row, about
-    at_once = MERGE_WARPS * ranges * head_groups if fused else math.inf
-    warps = MERGE_WARPS
-    while warps > 1 and (parts < LEAST_PARTS * warps or shapes.num_query_rows * warps > at_once):
-        warps //= 2
+    at_once = warps * ranges * head_groups if fused else math.inf
+    merge_warps = MERGE_WARPS
+    while merge_warps > 1 and (
+        parts < LEAST_PARTS * merge_warps or shapes.num_query_rows * merge_warps > at_once
+    ):
+        merge_warps //= 2
     return Plan(
         f"{kernel}.cu" if pages else "attention.cu",
         kernel,
@@ -325,7 +335,7 @@ def _plan(
         PAGES_SHARED_BYTES if pages else 0,
         tile_rows,
         fused,
-        warps,
+        merge_warps,
         slots,
         scratch,
         scratch_bytes,
@@ -400,10 +410,16 @@ def row_tiles(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> int:
     return next((n for n in fitting if 8 * n >= shapes.rows_per_seq), fitting[-1])
 
 
+def consumer_warps(key: CodecSpec, value: CodecSpec, tiles: int) -> int:
+    """Warps of a block of attention_pages, but for those beside them."""
+    return TRIAL.get("warps", FEW_WARPS)
+
+
 def stages(key: CodecSpec, value: CodecSpec, tiles: int, pages: int) -> int:
-    """Stages of `pages` pages of 8 heads that fit the ring of attention_pages."""
-    rows = PAGES_HEADS * tiles * (16 * key.head_dim + 128)  # TileRows of each warp
-    return (_ring_bytes(key, value) - rows) // (pages * _page_bytes(key, value, PAGES_HEADS))
+    """Stages of `pages` pages a warp that fit the ring of attention_pages."""
+    warps = consumer_warps(key, value, tiles)
+    rows = warps * tiles * (16 * key.head_dim + 128)  # TileRows of each warp
+    return (_ring_bytes(key, value) - rows) // (pages * _page_bytes(key, value, warps))
 
 
 def wide_tiles(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> int:
@@ -419,7 +435,9 @@ def wide_tiles(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> int:
 
 def _ring_bytes(key: CodecSpec, value: CodecSpec) -> int:
     """Shared memory for the ring of pages and for the query rows."""
-    tables = 131072 if 3 in (key.bits, value.bits) else 65536
+    tables = 131072 if 3 in (key.bits, value.bits) and key.bits != value.bits else 65536
+    if "PAIRS" in TRIAL:
+        tables = 131072
     return PAGES_SHARED_BYTES - tables - 512 - (16 * FEW_SEQUENCES + 128)  # barriers, work list
 
 
@@ -429,6 +447,8 @@ def _page_bytes(key: CodecSpec, value: CodecSpec, heads: int) -> int:
 
 def pages_per_warp(key: CodecSpec, value: CodecSpec, tiles: int) -> int:
     """Pages that a warp of attention_pages takes at once: as many as its registers hold."""
+    if "sub" in TRIAL:
+        return TRIAL["sub"]
     widest = max(key.bits, value.bits)
     pages = 1 if tiles > 1 or widest > 6 else 4 if widest == 2 else 2
     pages = max(1, min(4, pages * 128 // key.head_dim))

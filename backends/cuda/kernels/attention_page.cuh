@@ -2,7 +2,7 @@
 //
 // Dequantising is a table read: two codes (four at 2 bits) make a byte, the byte and the lane make
 // an address by one PRMT, and the table holds one copy of its float16 pairs for each bank, so reads
-// never conflict.  Byte value b: K pairs at 256 b, V pairs at 256 b + 128.  From 5 bits on a byte
+// never conflict.  Byte value b: K pairs at 256 b, V pairs at 256 b + 128, or the same ones.  From 5 bits on a byte
 // holds one code, and the two halves of an entry are for one in its low and one in its high bits.
 #pragma once
 #include "attention_eighths.cuh"
@@ -10,7 +10,7 @@
 #ifndef WIDE
 #define WIDE 0
 #endif
-#define CONSUMERS (WIDE ? 16 : 8)  // warps
+#define CONSUMERS (HEADS * SHARES)  // warps
 #define PAGE 16
 #define K_VECTOR (D * KEY_BITS / 8)
 #define V_VECTOR (D * VALUE_BITS / 8)
@@ -41,8 +41,20 @@
 #define N_TOKEN (HEADS * 4)
 #define N_HEAD 4
 #endif
-#define UPPER 65536                       // second table of 3 bits: the upper 6 bits of a byte
-#define TABLE_BYTES (KEY_BITS == 3 || VALUE_BITS == 3 ? 131072 : 65536)
+#ifndef KEY_REGISTERS
+#define KEY_REGISTERS 0                   // words of a quarter of a vector whose codes the registers decode
+#endif
+#ifndef VALUE_REGISTERS
+#define VALUE_REGISTERS 0                 // of the two pairs of tokens
+#endif
+#define ONE_TABLE (!WIDE && KEY_BITS == VALUE_BITS)  // for keys and values
+#define V_TABLE (ONE_TABLE ? 0 : 128)
+#define UPPER (ONE_TABLE ? 128 : 65536)   // second table of 3 bits: the upper 6 bits of a byte
+#ifndef PAIRS
+#define PAIRS 0                           // one table of pairs of 5 bits each, 10 bits of address
+#endif
+#define TABLE_BYTES (PAIRS || !ONE_TABLE && (KEY_BITS == 3 || VALUE_BITS == 3) ? 131072 : 65536)
+static_assert(!PAIRS || ONE_TABLE && KEY_BITS == 5, "tables");
 #define PRODUCTS (D / 16)                 // of a tile of keys with a tile of rows; tiles of O
 #define K_WORDS ((D * KEY_BITS + 127) / 128)    // a quarter of a vector
 #define V_WORDS ((D * VALUE_BITS + 255) / 256)  // an eighth
@@ -93,15 +105,59 @@ template <int BITS, int N> __device__ __forceinline__ u32 pair_codes(u32 x, int 
   return __byte_perm(x, y, (at_high_end<BITS>(N - 1 - i) ? 0x32 : 0x10) | (at_high_end<BITS>(N - 1 - j) ? 0x7600 : 0x5400));
 }
 
+// At 2 bits registers can be the table: four codes, a nibble each, select the high bytes of four float16,
+// whose low bytes are all the same.
+struct Levels {
+  u32 high, low;
+};
+__device__ __forceinline__ Levels load_levels(const float* centroids) {
+  const u32 a = pack_half2(centroids[0], centroids[1]), b = pack_half2(centroids[2], centroids[3]);
+  return {bytes_of(a, b, 0x7531), bytes_of(a, 0, 0x0000)};
+}
+// Nibbles of the selector's low half -> the pairs of the first two and of the last two.
+__device__ __forceinline__ void select_pairs(const Levels& levels, u32 selector, u32& first, u32& second) {
+  const u32 high = bytes_of(levels.high, 0, selector);
+  first = bytes_of(high, levels.low, 0x1404), second = bytes_of(high, levels.low, 0x3424);
+}
+
+// The 10-bit fields of N words, little-endian, least significant first.
+template <int N, int WORDS> __device__ __forceinline__ void look_tens(const u32 (&w)[WORDS], u32 (&out)[N], u32 bank) {
+#pragma unroll
+  for (int k = 0; k < N; k++) {
+    const int bit = 10 * k - 7;  // entries are 128 bytes
+    const u32 x = bit < 0 ? w[0] << 7
+        : bit % 32 + 17 > 32 && bit / 32 + 1 < WORDS ? __funnelshift_r(w[bit / 32], w[bit / 32 + 1 < WORDS ? bit / 32 + 1 : 0], bit % 32)
+                                                     : w[bit / 32] >> bit % 32;
+    out[k] = table32<0>(x & 0x1FF80u | bank);
+  }
+}
+// Every other field of `bits` bits, from the lowest on, in word i of a run of fields.
+__device__ constexpr u32 alternate(int bits, int i) {
+  u32 mask = 0;
+  for (int k = 0; k < 32; k++)
+    if ((32 * i + k) / bits % 2 == 0) mask |= 1u << k;
+  return mask;
+}
+
 // A quarter of the tokens of rows g and g + 8 -> A fragments of all products.
 __device__ __forceinline__ void keys(const u32 (&lower)[K_WORDS], const u32 (&upper)[K_WORDS],
-                                     u32 (&a)[PRODUCTS][4], u32 bank) {
+                                     u32 (&a)[PRODUCTS][4], u32 bank, const Levels& levels) {
 #if KEY_BITS == 2
+#pragma unroll
+  for (int i = 0; i < KEY_REGISTERS; i++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const u32 w = e ? upper[i] : lower[i], odd = w & 0x33333333u, even = w >> 2 & 0x33333333u;
+#pragma unroll
+      for (int k = 0; k < 4; k += 2) {
+        select_pairs(levels, odd >> 8 * k, a[4 * i + k][e], a[4 * i + k + 1][e]);
+        select_pairs(levels, even >> 8 * k, a[4 * i + k][2 + e], a[4 * i + k + 1][2 + e]);
+      }
+    }
   // A byte holds a nibble of either token, so one read gives both rows.
 #pragma unroll
-  for (int i = 0; i < K_WORDS; i++) {
-    const u32 odd = (lower[i] & 0x0F0F0F0Fu) | (upper[i] << 4 & 0xF0F0F0F0u);
-    const u32 even = (lower[i] >> 4 & 0x0F0F0F0Fu) | (upper[i] & 0xF0F0F0F0u);
+  for (int i = KEY_REGISTERS; i < K_WORDS; i++) {
+    const u32 odd = blend(0x0F0F0F0Fu, lower[i], upper[i] << 4), even = blend(0x0F0F0F0Fu, lower[i] >> 4, upper[i]);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
       const uint2 x = look64<0>(even, k, bank), y = look64<0>(odd, k, bank);
@@ -121,6 +177,11 @@ __device__ __forceinline__ void keys(const u32 (&lower)[K_WORDS], const u32 (&up
     look_sixes<0, LANE_DIMS / 4>(w, backwards, bank);
 #pragma unroll
     for (int i = 0; i < LANE_DIMS; i++) pairs[i] = backwards[LANE_DIMS - 1 - i];
+#elif PAIRS
+    u32 backwards[LANE_DIMS];
+    look_tens(w, backwards, bank);
+#pragma unroll
+    for (int i = 0; i < LANE_DIMS; i++) pairs[i] = backwards[LANE_DIMS - 1 - i];
 #else
 #pragma unroll
     for (int i = 0; i < LANE_DIMS; i++)
@@ -136,13 +197,13 @@ __device__ __forceinline__ void keys(const u32 (&lower)[K_WORDS], const u32 (&up
 
 // An eighth of two tokens -> for each dim the pair (first token, second token).  At 2 bits dims come
 // in the order 3, 1, 2, 0 of every four, since a register pair that a read fills must stay one.
-#define V_TABLE 128
-__device__ __forceinline__ void values(const u32 (&x)[V_WORDS], const u32 (&y)[V_WORDS], u32 (&out)[LANE_DIMS], u32 bank) {
+template <bool SELECTED>
+__device__ __forceinline__ void values(const u32 (&x)[V_WORDS], const u32 (&y)[V_WORDS], u32 (&out)[LANE_DIMS], u32 bank,
+                                       const Levels& levels) {
 #if VALUE_BITS == 4
 #pragma unroll
   for (int i = 0; i < V_WORDS; i++) {
-    const u32 odd = (x[i] & 0x0F0F0F0Fu) | (y[i] << 4 & 0xF0F0F0F0u);
-    const u32 even = (x[i] >> 4 & 0x0F0F0F0Fu) | (y[i] & 0xF0F0F0F0u);
+    const u32 odd = blend(0x0F0F0F0Fu, x[i], y[i] << 4), even = blend(0x0F0F0F0Fu, x[i] >> 4, y[i]);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
       out[8 * i + 2 * k] = look32<V_TABLE>(even, k, bank);
@@ -150,10 +211,28 @@ __device__ __forceinline__ void values(const u32 (&x)[V_WORDS], const u32 (&y)[V
     }
   }
 #elif VALUE_BITS == 2
+  if (SELECTED) {
+#pragma unroll
+    for (int i = 0; i < V_WORDS; i++) {
+      const u32 xs[2] = {x[i] & 0x33333333u, x[i] >> 2 & 0x33333333u};
+      const u32 ys[2] = {y[i] & 0x33333333u, y[i] >> 2 & 0x33333333u};
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const u32 later = blend(0x0F0F0F0Fu, xs[e], ys[e] << 4), earlier = blend(0x0F0F0F0Fu, xs[e] >> 4, ys[e]);
+#pragma unroll
+        for (int k = 0; k < min(4, LANE_DIMS / 4); k += 2) {
+          u32* to = out + 16 * i + 4 * k + 2 * e;
+          select_pairs(levels, later >> 8 * k, to[0], to[4]);
+          select_pairs(levels, earlier >> 8 * k, to[1], to[5]);
+        }
+      }
+    }
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < V_WORDS; i++) {
-    const u32 odd = (x[i] & 0x33333333u) | (y[i] & 0x33333333u) << 2;   // nibbles: dims 4k + 3, 4k + 1
-    const u32 even = (x[i] >> 2 & 0x33333333u) | (y[i] & 0xCCCCCCCCu);  // dims 4k + 2, 4k
+    const u32 odd = blend(0x33333333u, x[i], y[i] << 2);   // nibbles: dims 4k + 3, 4k + 1
+    const u32 even = blend(0x33333333u, x[i] >> 2, y[i]);  // dims 4k + 2, 4k
 #pragma unroll
     for (int k = 0; k < min(4, LANE_DIMS / 4); k++) {
       const uint2 a = look64<V_TABLE>(odd, k, bank), b = look64<V_TABLE>(even, k, bank);
@@ -161,20 +240,24 @@ __device__ __forceinline__ void values(const u32 (&x)[V_WORDS], const u32 (&y)[V
       to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
     }
   }
-#elif VALUE_BITS == 3
+#elif VALUE_BITS == 3 || PAIRS
   // Even fields of x with the even ones of y, odd with odd.
   u32 even[V_WORDS], odd[V_WORDS];
 #pragma unroll
   for (int i = 0; i < V_WORDS; i++) {
-    const u32 m = i == 0 ? 0xC71C71C7u : i == 1 ? 0x71C71C71u : 0x1C71C71Cu;
-    const u32 up = i ? __funnelshift_l(y[i ? i - 1 : 0], y[i], 3) : y[i] << 3;
-    const u32 down = i + 1 < V_WORDS ? __funnelshift_r(x[i], x[i + 1 < V_WORDS ? i + 1 : i], 3) : x[i] >> 3;
-    even[i] = (x[i] & m) | (up & ~m);
-    odd[i] = (down & m) | (y[i] & ~m);
+    const u32 m = alternate(VALUE_BITS, i);
+    const u32 up = i ? __funnelshift_l(y[i ? i - 1 : 0], y[i], VALUE_BITS) : y[i] << VALUE_BITS;
+    const u32 down = i + 1 < V_WORDS ? __funnelshift_r(x[i], x[i + 1 < V_WORDS ? i + 1 : i], VALUE_BITS) : x[i] >> VALUE_BITS;
+    even[i] = blend(m, x[i], up), odd[i] = blend(m, down, y[i]);
   }
   u32 a[LANE_DIMS / 2], b[LANE_DIMS / 2];
+#if PAIRS
+  look_tens(even, a, bank);
+  look_tens(odd, b, bank);
+#else
   look_sixes<V_TABLE, LANE_DIMS / 8>(even, a, bank);
   look_sixes<V_TABLE, LANE_DIMS / 8>(odd, b, bank);
+#endif
 #pragma unroll
   for (int k = 0; k < LANE_DIMS / 2; k++)
     out[LANE_DIMS - 1 - 2 * k] = a[k], out[LANE_DIMS - 2 - 2 * k] = b[k];
@@ -184,6 +267,11 @@ __device__ __forceinline__ void values(const u32 (&x)[V_WORDS], const u32 (&y)[V
     out[i] = pair_codes<VALUE_BITS, LANE_DIMS>(look_code<V_TABLE, VALUE_BITS, LANE_DIMS>(x, i, bank), i,
                                                look_code<V_TABLE, VALUE_BITS, LANE_DIMS>(y, i, bank), i);
 #endif
+}
+
+// The dim of the lane's that number i of what `values` gives belongs to.
+__device__ __forceinline__ int dim_of_output(int i) {
+  return VALUE_BITS == 2 ? i & ~3 | 0x0213 >> 4 * (i % 4) & 3 : i;
 }
 
 template <int WORDS> __device__ __forceinline__ void read_words(u32 (&w)[WORDS], u32 at) {
@@ -241,14 +329,44 @@ __device__ __forceinline__ int token_of_row(int r) {
 #endif
 }
 
+// Where lane (g, c) of a warp finds its codes and norms in a stage whose ring begins at `ring`: of keys a
+// quarter of the tokens of rows g and g + 8, of values an eighth of those of rows 2c, 2c + 1 and 8 further.
+struct Places {
+  int token;         // of row g
+  u32 keys, norms;   // of row g
+  u32 values[2];     // of rows 2c and 2c + 1
+  u32 v_shift, k_reversing, v_reversing, k_bank, v_bank;
+};
+__device__ __forceinline__ Places places_of(u32 ring, int head, int page, int lane) {
+  const int g = lane >> 2, c = lane & 3, row_token = token_of_row(g);
+  const u32 v_base = ring + PAGE_AT(page, V_TOKEN) + AT_V + head * V_HEAD + (g * VALUE_RUN & ~3);
+  const u32 v_shift = g * VALUE_RUN & 3;
+  return {row_token,
+          ring + PAGE_AT(page, K_TOKEN) + row_token * K_TOKEN + head * K_HEAD + (c * KEY_RUN & ~3),
+          ring + PAGE_AT(page, N_TOKEN) + AT_KN + row_token * N_TOKEN + head * N_HEAD,
+          {v_base + token_of_row(2 * c) * V_TOKEN, v_base + token_of_row(2 * c + 1) * V_TOKEN},
+          v_shift, reversing<KEY_RUN>(c * KEY_RUN & 3), reversing<VALUE_RUN>(v_shift),
+          (u32)here(KEY_BITS == 2 ? (lane & 15) * 8 : lane * 4), (u32)here(VALUE_BITS == 2 ? (lane & 15) * 8 : lane * 4)};
+}
+
 __device__ __forceinline__ void fill_tables(const Args& a, int tid) {
+#if PAIRS
 #pragma unroll 8
   for (int i = tid; i < TABLE_BYTES / 16; i += 32 * CONSUMERS) {
-    const int byte = i >> 4 & 255;
-    const bool value = i & 8, upper = i >= 4096;
+    const u32 x = pack_half2(a.v_centroids[i >> 3 & 31], a.v_centroids[i >> 8]);
+    ((uint4*)dynamic_shared())[i] = make_uint4(x, x, x, x);
+  }
+  return;
+#endif
+  constexpr bool both_halves = !ONE_TABLE || VALUE_BITS == 3;
+#pragma unroll 8
+  for (int n = tid; n < TABLE_BYTES / (both_halves ? 16 : 32); n += 32 * CONSUMERS) {
+    const int i = both_halves ? n : n / 8 * 16 + n % 8, byte = i >> 4 & 255;
+    const bool value = ONE_TABLE || i & 8, upper = ONE_TABLE ? i & 8 : i >= 4096;
     const float* c = value ? a.v_centroids : a.k_centroids;
     const int bits = value ? VALUE_BITS : KEY_BITS;
-    // K: both codes of one token, the first in the high bits.  V: the first token in the low bits.
+    // K: both codes of one token, the first in the high bits.  V: the first token in the low bits.  A common
+    // table is one for V; the query's dims stand in the order that follows from it.
     auto two = [&](int field) {
       const int high = field >> bits, low = field & ((1 << bits) - 1);
       return value ? pack_half2(c[low], c[high]) : pack_half2(c[high], c[low]);

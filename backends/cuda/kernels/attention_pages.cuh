@@ -23,9 +23,8 @@
 
 #define VALUES_EARLY (KEY_BITS < 4 && VALUE_BITS < 4)  // read V codes together with K codes
 
-static_assert(sizeof(MergeSpace) <= ROWS_BYTES, "shared memory");
-static_assert(MERGE_WARPS == CONSUMERS, "merge_rows");
-static_assert((D == 64 || D == 128 || D == 256 && !FUSED) && HEADS * SHARES == CONSUMERS, "attention_pages");
+static_assert(sizeof(MergeSpace<CONSUMERS>) <= ROWS_BYTES, "shared memory");
+static_assert(D == 64 || D == 128 || D == 256 && !FUSED, "attention_pages");
 
 // ---- the consumer warps
 
@@ -33,17 +32,13 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
   const u32 full = smem + BARRIERS_AT, empty = full + 8 * STAGES;
   const int g = lane >> 2, c = lane & 3, head = warp / SHARES, share = warp % SHARES;
   const int kv_head = blockIdx.y * HEADS + head;
-  const u32 k_bank = KEY_BITS == 2 ? (lane & 15) * 8 : lane * 4;
-  const u32 v_bank = VALUE_BITS == 2 ? (lane & 15) * 8 : lane * 4;
-  const int row_token = token_of_row(g);
-  const u32 ring = smem + RING_AT;
-  const u32 k_at = ring + PAGE_AT(share * SUB, K_TOKEN) + row_token * K_TOKEN + head * K_HEAD + (c * KEY_RUN & ~3);
-  const u32 n_at = ring + PAGE_AT(share * SUB, N_TOKEN) + AT_KN + row_token * N_TOKEN + head * N_HEAD;
-  const u32 v_base = ring + PAGE_AT(share * SUB, V_TOKEN) + AT_V + head * V_HEAD + (g * VALUE_RUN & ~3);
-  const u32 v_at[2] = {v_base + token_of_row(2 * c) * V_TOKEN, v_base + token_of_row(2 * c + 1) * V_TOKEN};
-  const u32 v_shift = g * VALUE_RUN & 3;
-  const u32 k_reversing = reversing<KEY_RUN>(c * KEY_RUN & 3), v_reversing = reversing<VALUE_RUN>(v_shift);
+  const Places my = places_of(smem + RING_AT, head, share * SUB, lane);
   TileRows& mine = ((TileRows*)(dynamic_shared() + ROWS_AT))[warp];
+  TileRows& first = (&mine)[-share];  // of the warps of this head
+
+  Levels k_levels = {}, v_levels = {};
+  if (KEY_REGISTERS) k_levels = load_levels(a.k_centroids);
+  if (VALUE_REGISTERS) v_levels = load_levels(a.v_centroids);
 
   u32 stage = 0, phase = 0;
   Walk walk = start_walk(a, plan);
@@ -51,13 +46,13 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
 #pragma unroll 1
   while (next_segment(a, walk, segment)) {
     const Rows rows = rows_of(a, segment);
-    const float q_factor = stage_rows(a, segment, rows, kv_head, mine, lane, early);
+    const float q_factor = stage_rows(a, segment, rows, kv_head, first, lane, head, share, early);
 #if QUERY_IN_REGISTERS
     uint2 qb[ROW_TILES][PRODUCTS];
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
-      for (int j = 0; j < PRODUCTS; j++) qb[n][j] = mine.query[n][j][lane];
+      for (int j = 0; j < PRODUCTS; j++) qb[n][j] = first.query[n][j][lane];
 #endif
     float o[ROW_TILES][PRODUCTS][4], top[ROW_TILES][2], sum[ROW_TILES][2];
 #pragma unroll
@@ -75,13 +70,20 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
     const u32 at = stage * STAGE_BYTES;
     barrier_wait(full + 8 * stage, phase);
     __syncwarp();
+#ifdef ONLY_COPY  // trial: how long the pages take
+    if (ring32(my.keys + at) == 0x12345678u && ring32(my.keys + at + 4) == 0x12345678u) sum[0][0] += 1.f;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(empty + 8 * stage);
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+    continue;
+#endif
     u32 kw[SUB][2][K_WORDS], vw[SUB][4][V_WORDS];
     float kn[SUB][2], vn[SUB][2], x[SUB][ROW_TILES][4];
     auto read_v = [&](int p) {
       const u32 page = at + PAGE_AT(p, V_TOKEN);
 #pragma unroll
       for (int e = 0; e < 4; e++)
-        read_values(vw[p][e], v_at[e & 1] + page + (e >> 1) * 8 * V_TOKEN, v_shift, v_reversing);
+        read_values(vw[p][e], my.values[e & 1] + page + (e >> 1) * 8 * V_TOKEN, my.v_shift, my.v_reversing);
     };
     auto release = [&] {  // all reads of this stage are done
       __syncwarp();
@@ -89,10 +91,10 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
     };
 #pragma unroll
     for (int p = 0; p < SUB; p++) {
-      const u32 page = at + PAGE_AT(p, K_TOKEN), norms = n_at + at + PAGE_AT(p, N_TOKEN);
+      const u32 page = at + PAGE_AT(p, K_TOKEN), norms = my.norms + at + PAGE_AT(p, N_TOKEN);
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        read_keys(kw[p][e], k_at + page + e * 8 * K_TOKEN, k_reversing);
+        read_keys(kw[p][e], my.keys + page + e * 8 * K_TOKEN, my.k_reversing);
         kn[p][e] = __uint_as_float(ring32(norms + e * 8 * N_TOKEN));
         vn[p][e] = __uint_as_float(ring32(norms + e * 8 * N_TOKEN + AT_VN - AT_KN));
       }
@@ -105,7 +107,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
 #pragma unroll
     for (int p = 0; p < SUB; p++) {
       u32 f[PRODUCTS][4];
-      keys(kw[p][0], kw[p][1], f, k_bank);
+      keys(kw[p][0], kw[p][1], f, my.k_bank, k_levels);
 #if ROW_TILES == 1
       float z[4];  // two chains of products
       mma_zero(x[p][0], f[0], qb[0][0]);
@@ -125,7 +127,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
 #if QUERY_IN_REGISTERS
           const uint2 q = qb[n][j];
 #else
-          const uint2 q = mine.query[n][j][lane];
+          const uint2 q = first.query[n][j][lane];
 #endif
           if (j == 0) mma_zero(x[p][n], f[j], q);
           else mma(x[p][n], f[j], q);
@@ -146,7 +148,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
         for (int p = 0; p < SUB; p++)
 #pragma unroll
           for (int e = 0; e < 2; e++) {
-            const int t = first_token + p * PAGE + row_token + 8 * e;
+            const int t = first_token + p * PAGE + my.token + 8 * e;
 #pragma unroll
             for (int k = 0; k < 2; k++) {
               const float score = x[p][n][2 * e + k] * kn[p][e];
@@ -158,7 +160,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
       for (int p = 0; p < SUB; p++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          const int t = first_token + p * PAGE + row_token + 8 * e;
+          const int t = first_token + p * PAGE + my.token + 8 * e;
           kn[p][e] = 1.f;
           if (t > rows.high || t < rows.low) vn[p][e] = 0.f;
         }
@@ -233,8 +235,8 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
         b[n] = make_uint2(w[0], w[1]);
       }
       u32 lower[LANE_DIMS], upper[LANE_DIMS];
-      values(vw[p][0], vw[p][1], lower, v_bank);
-      values(vw[p][2], vw[p][3], upper, v_bank);
+      values<(VALUE_REGISTERS > 0)>(vw[p][0], vw[p][1], lower, my.v_bank, v_levels);
+      values<(VALUE_REGISTERS > 1)>(vw[p][2], vw[p][3], upper, my.v_bank, v_levels);
 #pragma unroll
       for (int i = 0; i < PRODUCTS; i++) {
         const u32 f[4] = {lower[2 * i], lower[2 * i + 1], upper[2 * i], upper[2 * i + 1]};
@@ -255,7 +257,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
         const int r = 8 * n + 2 * c + e;
         const float inverse = sum[n][e] > 0.f ? __fdividef(1.f, sum[n][e]) : 0.f;
         const float2 scale = make_float2(
-            sum[n][e] > 0.f ? top[n][e] + log2_approx(sum[n][e]) + mine.shifts[r] : __uint_as_float(0xff800000u),
+            sum[n][e] > 0.f ? top[n][e] + log2_approx(sum[n][e]) + first.shifts[r] : __uint_as_float(0xff800000u),
             1.f / up);
         u32 w[PRODUCTS];
 #pragma unroll
@@ -276,9 +278,9 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
       }
 #if SHARES > 1
     // The first share adds the others to its part.  It has just written what it reads of it.
-    named_barrier(2 + head, 32 * SHARES);
+    meet(head);
     if (share == 0) add_shares(a, part, rows.count, &mine, lane);
-    named_barrier(2 + head, 32 * SHARES);
+    meet(head);
 #endif
   }
 }
@@ -287,8 +289,8 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
 // When all blocks have written their parts.  What can be known before is found out before.
 __device__ __forceinline__ void merge_in_blocks(const Args& a, const i64* plan, u32 block, u32 blocks, int warp, int lane) {
   const i64 all = (i64)a.num_tokens * a.num_kv_heads * a.group;
-  const bool fours = a.merge_warps == 1 && all > (i64)blocks * MERGE_WARPS;  // else a row a warp or less
-  const int at_once = fours ? 4 * MERGE_WARPS : MERGE_WARPS / a.merge_warps;
+  const bool fours = a.merge_warps == 1 && all > (i64)blocks * CONSUMERS;  // else a row a warp or less
+  const int at_once = fours ? 4 * CONSUMERS : CONSUMERS / a.merge_warps;
   const int own = fours ? 4 * warp + (lane >> 3) : warp / a.merge_warps;
   const Signs signs = load_signs(a.v_signs, a.v_steps, lane);
   const u64 early = early_signs(a.v_signs, a.v_steps, lane & 7);
@@ -297,7 +299,7 @@ __device__ __forceinline__ void merge_in_blocks(const Args& a, const i64* plan, 
   named_barrier(MERGE_BARRIER, 32 * CONSUMERS);
   if (threadIdx.x == 0) grid_barrier(a.barrier, block, blocks);
   named_barrier(MERGE_BARRIER, 32 * CONSUMERS);
-  MergeSpace& space = *(MergeSpace*)(dynamic_shared() + ROWS_AT);
+  auto& space = *(MergeSpace<CONSUMERS>*)(dynamic_shared() + ROWS_AT);
   while (row < all) {
     if (fours) merge_four_rows(a, parts, early, lane);
     else merge_rows(a, parts, signs, space, warp, lane);
@@ -313,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(PAGES_THREADS, 1) attention_pages(c
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   i64* plan = FUSED ? (i64*)(dynamic_shared() + PLAN_AT) : a.plan;
   if (warp >= CONSUMERS) {
-    if (REGISTERS_MOVED) give_registers<56>();
+    if (REGISTERS_MOVED) give_registers<(CONSUMERS == 16 ? 32 : 56)>();
     if (warp > CONSUMERS) return;
     if (lane == 0) {
       init_ring(smem);
@@ -324,7 +326,8 @@ extern "C" __global__ void __launch_bounds__(PAGES_THREADS, 1) attention_pages(c
     named_barrier_arrive(MERGE_BARRIER, WORKING_THREADS);
     produce(a, plan, smem, lane);
   } else {
-    if (REGISTERS_MOVED) take_registers<224>();  // with 4 warps of 56 as many as 12 warps of 168
+    // With 4 warps of 56 as many as 12 warps of 168, or with 4 warps of 32 as 20 warps of 96.
+    if (REGISTERS_MOVED) take_registers<(CONSUMERS == 16 ? 112 : 224)>();
 #if FUSED
     const u64 early = early_signs(a.k_signs, a.k_steps, lane & 7);
 #else

@@ -5,7 +5,8 @@
 
 #define QUERY_IN_REGISTERS (ROW_TILES <= 2 && ROW_TILES * D <= 256)  // else read from shared memory each time
 
-// What a consumer warp keeps of the query rows of a tile.
+// What a consumer warp keeps of the query rows of a tile; the rows themselves are with the first warp of
+// a head.
 struct TileRows {
   union {
     uint2 query[ROW_TILES][PRODUCTS][32];   // [8 rows][product][lane] fragments
@@ -73,13 +74,18 @@ __device__ __forceinline__ void add_shares(const Args& a, i64 part, int count, c
 }
 #endif
 
-// Dims of a row, from LANE_DIMS (lane % 8) on, to the fragments of row r of 8.
+// Dims of a row, from LANE_DIMS (lane % 8) on, to the fragments of row r of 8, in the order in which `keys`
+// gives those of K.
 __device__ __forceinline__ void put_fragments(uint2 (&query)[PRODUCTS][32], const float (&v)[LANE_DIMS], int r, int lane) {
   const int c = (lane & 7) >> 1, product = (lane & 1) * (LANE_DIMS / 4);
 #pragma unroll
-  for (int k = 0; k < LANE_DIMS / 4; k++)
+  for (int k = 0; k < LANE_DIMS / 4; k++) {
+    const float* x = v + 4 * k;
     query[product + k][4 * r + c] =
-        make_uint2(pack_half2(v[4 * k], v[4 * k + 1]), pack_half2(v[4 * k + 2], v[4 * k + 3]));
+        KEY_BITS == 2 && (product + k) / 4 < KEY_REGISTERS ? make_uint2(pack_half2(x[3], x[1]), pack_half2(x[2], x[0]))
+        : ONE_TABLE && (KEY_BITS <= 4 || PAIRS)            ? make_uint2(pack_half2(x[1], x[0]), pack_half2(x[3], x[2]))
+                                                           : make_uint2(pack_half2(x[0], x[1]), pack_half2(x[2], x[3]));
+  }
 }
 
 #if FUSED
@@ -131,12 +137,18 @@ __device__ __forceinline__ void load_rows(const Args& a, const Segment& segment,
   for (int i = 0; i < LANE_DIMS; i++) v[i] *= ratio;
   put_fragments(to.query[first / 8], v, r & 7, lane);
 }
-// All rows of a tile to shared memory, with one factor of the scores, which is returned.
+// The warps that share a head meet.
+__device__ __forceinline__ void meet(int head) {
+  if (SHARES > 1) named_barrier(2 + head, 32 * SHARES);
+  else __syncwarp();
+}
+// All rows of a tile to shared memory, with one factor of the scores, which is returned; by all warps
+// of the head.
 __device__ __forceinline__ float stage_rows(const Args& a, const Segment& segment, const Rows& rows, int kv_head,
-                                            TileRows& to, int lane, u64 early) {
+                                            TileRows& to, int lane, int head, int share, u64 early) {
   __syncwarp();  // those of the segment before are read
 #pragma unroll 1
-  for (int first = 0; first < 8 * ROW_TILES; first += 4) {
+  for (int first = 4 * share; first < 8 * ROW_TILES; first += 4 * SHARES) {
     if (first < rows.count) {
 #if FUSED
       float v[LANE_DIMS], shift;
@@ -153,12 +165,12 @@ __device__ __forceinline__ float stage_rows(const Args& a, const Segment& segmen
       if (lane == 0) to.factors[first / 4] = 0.f;
     }
   }
-  __syncwarp();
+  meet(head);
   float factor = 0.f;
 #pragma unroll
   for (int i = 0; i < 2 * ROW_TILES; i++) factor = fmaxf(factor, to.factors[i]);
 #pragma unroll 1
-  for (int tile = 0; tile < ROW_TILES; tile++) {
+  for (int tile = share; tile < ROW_TILES; tile += SHARES) {
     const float own = to.factors[2 * tile + (lane >> 4)], ratio = own > 0.f ? own / factor : 1.f;
     if (!__any_sync(FULL_WARP, ratio != 1.f)) continue;
 #pragma unroll
@@ -168,6 +180,6 @@ __device__ __forceinline__ float stage_rows(const Args& a, const Segment& segmen
                      pack_half2(half_to_float((u16)x.y) * ratio, half_to_float((u16)(x.y >> 16)) * ratio));
     }
   }
-  __syncwarp();
+  meet(head);
   return factor;
 }

@@ -88,8 +88,7 @@ __device__ __forceinline__ float stage_wide_rows(const Args& a, const Segment& s
 // Four dims of tokens 2c, 2c + 1 (x) and of those 8 further (y) -> A fragments of a page.
 __device__ __forceinline__ void wide_values(u32 x, u32 y, u32 (&f)[OUT_TILES][4], u32 bank) {
   const u32 first = __byte_perm(x, y, 0x5410), second = __byte_perm(x, y, 0x7632);
-  const u32 odd = (first & 0x0F0F0F0Fu) | (second << 4 & 0xF0F0F0F0u);
-  const u32 even = (first >> 4 & 0x0F0F0F0Fu) | (second & 0xF0F0F0F0u);
+  const u32 odd = blend(0x0F0F0F0Fu, first, second << 4), even = blend(0x0F0F0F0Fu, first >> 4, second);
 #pragma unroll
   for (int b = 0; b < OUT_TILES; b++)
 #pragma unroll
@@ -164,7 +163,7 @@ __device__ __forceinline__ void consume_wide(const Args& a, const i64* plan, u32
           kn[e] = __uint_as_float(ring32(n_at + at + e * 8 * N_TOKEN)) * q_factor;
           vn[e] = __uint_as_float(ring32(n_at + at + e * 8 * N_TOKEN + AT_VN - AT_KN));
         }
-        keys(kw[0], kw[1], f, k_bank);
+        keys(kw[0], kw[1], f, k_bank, {});
         settle(f);
         wgmma_fence();
 #pragma unroll
