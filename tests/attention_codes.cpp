@@ -36,16 +36,11 @@ inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
 inline int here(int x) { return x; }
 inline u32 blend(u32 mask, u32 x, u32 y) { return (x & mask) | (y & ~mask); }
-inline u32 bytes_of(u32 a, u32 b, u32 s) {
+inline u32 __byte_perm(u32 a, u32 b, u32 s) {
   u32 r = 0;
-  for (int i = 0; i < 4; i++) {
-    const u32 n = s >> 4 * i & 15;
-    if (n > 7) std::abort();  // would repeat a sign
-    r |= (u32)(((u64)b << 32 | a) >> 8 * n & 255) << 8 * i;
-  }
+  for (int i = 0; i < 4; i++) r |= (u32)(((u64)b << 32 | a) >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
   return r;
 }
-inline u32 __byte_perm(u32 a, u32 b, u32 s) { return bytes_of(a, b, s & 0x7777); }
 inline u32 __funnelshift_r(u32 lo, u32 hi, u32 n) { return (u32)(((u64)hi << 32 | lo) >> (n & 31)); }
 inline u32 __funnelshift_l(u32 lo, u32 hi, u32 n) { return (u32)(((u64)hi << 32 | lo) << (n & 31) >> 32); }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
@@ -85,9 +80,6 @@ int main() {
   Args a = {};
   a.k_centroids = k_centroids, a.v_centroids = v_centroids;
   for (int tid = 0; tid < 32 * CONSUMERS; tid++) fill_tables(a, tid);
-  Levels k_levels = {}, v_levels = {};
-  if (KEY_REGISTERS) k_levels = load_levels(k_centroids);
-  if (VALUE_REGISTERS) v_levels = load_levels(v_centroids);
   static uint2 rows[PRODUCTS][32];
   for (int r = 0; r < 8; r++)
     for (int part = 0; part < 8; part++) {
@@ -105,8 +97,8 @@ int main() {
       const Places at = places_of(SMEM_BASE + TABLE_BYTES, head, 0, lane);
       const int g = lane >> 2, c = lane & 3;
       u32 kw[2][K_WORDS], vw[4][V_WORDS], f[PRODUCTS][4];
-      for (int e = 0; e < 2; e++) read_keys(kw[e], at.keys + e * 8 * K_TOKEN, at.k_reversing);
-      keys(kw[0], kw[1], f, at.k_bank, k_levels);
+      for (int e = 0; e < 2; e++) read_keys(kw[e], at.keys + e * 8 * K_TOKEN, at.k_select);
+      keys(kw[0], kw[1], f, at.k_bank);
       for (int j = 0; j < PRODUCTS; j++)
         for (int r = 0; r < 8; r++) {
           const uint2 q = rows[j][4 * r + c];
@@ -114,14 +106,14 @@ int main() {
             scores[at.token + 8 * e][r] += product(f[j][e], q.x) + product(f[j][2 + e], q.y);
         }
       for (int e = 0; e < 4; e++)
-        read_values(vw[e], at.values[e & 1] + (e >> 1) * 8 * V_TOKEN, at.v_shift, at.v_reversing);
+        read_values(vw[e], at.values[e & 1] + (e >> 1) * 8 * V_TOKEN, at);
       u32 half[2][LANE_DIMS];
-      values<(VALUE_REGISTERS > 0)>(vw[0], vw[1], half[0], at.v_bank, v_levels);
-      values<(VALUE_REGISTERS > 1)>(vw[2], vw[3], half[1], at.v_bank, v_levels);
+      values(vw[0], vw[1], half[0], at.v_bank);
+      values(vw[2], vw[3], half[1], at.v_bank);
       for (int i = 0; i < LANE_DIMS; i++)
         for (int e = 0; e < 2; e++)
           for (int k = 0; k < 2; k++)
-            out[token_of_row(2 * c + k) + 8 * e][LANE_DIMS * g + dim_of_output(i)] =
+            out[token_of_row(2 * c + k) + 8 * e][dim_of_output(g, i)] =
                 half_to_float((u16)(half[e][i] >> 16 * k));
     }
     std::fwrite(scores, sizeof scores, 1, stdout);

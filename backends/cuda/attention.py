@@ -23,7 +23,6 @@ from .attention_plan import (
     ALIGNMENT,
     MANY_DIMS,
     MERGE_WARPS,
-    PAGES_BITS,
     WINDOW_THREADS,
     Layout,
     Plan,
@@ -467,7 +466,7 @@ def _packer(count: int) -> struct.Struct:
 
 def make_constants(spec: CodecSpec) -> dict[str, npt.NDArray[Any]]:
     """What the kernels need to know of a quantiser, in host memory."""
-    gain = table_gain(spec.centroids, spec.bits == 2 and spec.head_dim in PAGES_BITS)
+    gain = table_gain(spec.centroids)
     table = (spec.centroids * gain).astype(np.float16).astype(np.float32)
     constants: dict[str, npt.NDArray[Any]] = {
         "centroids": table,
@@ -485,22 +484,15 @@ def make_constants(spec: CodecSpec) -> dict[str, npt.NDArray[Any]]:
     return constants
 
 
-def table_gain(centroids: npt.NDArray[np.float32], one_low_byte: bool = False) -> float:
+def table_gain(centroids: npt.NDArray[np.float32]) -> float:
     """The factor in [1, 2) with which centroids lose least when rounded to float16.
 
-    Few magnitudes have to fit at low bits: the error falls 120 to 3 times at 1 to 5 bits.  With
-    `one_low_byte` all must have the same low byte, which few factors achieve; at 2 bits, where
-    attention_page.cuh wants it, the error is 6e-6 of the centroids with it and 8e-7 without.
+    Few magnitudes have to fit at low bits: the error falls 120 to 3 times at 1 to 5 bits.
     """
-    count = 65536 if one_low_byte else 2048
-    gains = 2.0 ** (np.arange(count) / count)
+    gains = 2.0 ** (np.arange(2048) / 2048)
     scaled = centroids.astype(np.float64) * gains[:, None]
-    rounded = scaled.astype(np.float16)
-    loss = (((rounded - scaled) / gains[:, None]) ** 2).sum(axis=1)
-    if one_low_byte:
-        low = rounded.view(np.uint16) & 255
-        loss[(low != low[:, :1]).any(axis=1)] = np.inf
-    return float(gains[loss.argmin()])
+    loss = ((scaled.astype(np.float16) - scaled) / gains[:, None]) ** 2
+    return float(gains[loss.sum(axis=1).argmin()])
 
 
 def _element_strides(array: Any) -> tuple[int, ...]:

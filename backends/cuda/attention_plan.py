@@ -19,23 +19,26 @@ SPLIT_UNIT = 64  # tokens that a block of attention_split handles at once
 SPLIT_THREADS = 128
 
 PAGE = 16  # tokens of one copy of attention_pages
-PAGES_BITS = {64: {2, 3, 4, 5, 6, 8}, 128: {2, 3, 4, 5, 6, 7, 8}, 256: {2, 3, 4, 5, 6, 7, 8}}
+FUSED_DIMS = (64, 128)  # of which it rotates and merges rows itself
+PAGES_DIMS = (64, 96, 128, 256)  # head_dim of attention_pages
+PAGES_LEAST_BITS = 2
 HEAD_MAJOR_BLOCKS = (16, 32, 64)  # tokens
 PAGES_HEADS = 8  # kv heads of a block
 PAGES_ROW_TILES = (1, 2, 4)  # of 8 query rows each, that read a page together
 PAGES_MOST_ROWS = 64  # query rows of a sequence; each tile reads the pages again
-FEW_WARPS, MANY_WARPS = 8, 16  # of a block, that turn pages into parts
-WARPS_BESIDE = 4  # of a block, if warps hand registers to each other; else 1
+PAGES_THREADS, PAGES_MOST_THREADS = 288, 384
+PAIRED_BITS = 5  # at which a table of pairs of codes is worth its memory
+PAIRS_BYTES = 131072
+PAIRED_STAGES = 3  # of pages that must fit beside it
 MOST_SUMS = 512  # row tiles times head_dim, whose sums fit the registers of a warp
 WIDE_HEADS, WIDE_PAGES = 4, 4  # kv heads of a block of attention_wide, pages that it takes at once
+WIDE_THREADS = 640
 WIDE_MERGED_ROWS = 64  # output rows that its warps merge at a time
 PREFILL_DIMS = (64, 96, 128)  # head_dim of attention_prefill
 PREFILL_ROWS, PREFILL_TILE = 192, 64  # query rows of a block, tokens of a tile
 PREFILL_STAGES, PREFILL_THREADS = 3, 512
 FEW_SEQUENCES = 128  # that attention_pages can plan by itself
 PAGES_SHARED_BYTES = 231424  # the most a block may have, less 1 KB
-
-TRIAL: dict[str, int] = {}  # to time variants
 
 MERGE_WARPS = 8  # of a block of attention_merge
 MANY_DIMS = 32  # of a lane of attention_query_many and attention_merge_many
@@ -186,7 +189,10 @@ def make_plan(
             dense,
         )
     may_fuse = (
-        not dense and shapes.wide_query and key.head_dim <= 128 and shapes.num_seqs <= FEW_SEQUENCES
+        not dense
+        and shapes.wide_query
+        and key.head_dim in FUSED_DIMS
+        and shapes.num_seqs <= FEW_SEQUENCES
     )
     macros |= {"HEAD_MAJOR": int(order == "head"), "NUM_SMEM": PAGES_SHARED_BYTES}
     tiles = wide_tiles(key, value, shapes) if order == "head" else 0
@@ -205,12 +211,12 @@ def make_plan(
     fused = may_fuse and tiles == 1 and shapes.num_query_rows <= MERGED_ROWS * num_sms
     macros |= {"ROW_TILES": tiles, "FUSED": int(fused)}
 
-    warps = consumer_warps(key, value, tiles)
     pages = pages_per_warp(key, value, tiles)
-    macros |= {k: n for k, n in TRIAL.items() if k.isupper()}
+    if has_pairs(key, value, tiles):
+        macros["PAIRS"] = 1
 
     def plan(heads: int) -> Plan:
-        shares = warps // heads
+        shares = PAGES_HEADS // heads
         variant = macros | {"HEADS": heads, "SHARES": shares, "SUB": pages}
         variant["UNIT"] = PAGE * pages * shares
         groups = shapes.num_kv_heads // heads
@@ -219,7 +225,7 @@ def make_plan(
     heads = min(shapes.num_kv_heads, PAGES_HEADS)
     if order == "head":  # a stage is whole blocks
         of_block = shapes.block_size // PAGE
-        while pages * (warps // heads) % of_block:
+        while pages * (PAGES_HEADS // heads) % of_block:
             heads //= 2
     whole = plan(heads)
     tokens = shapes.num_seqs * shapes.max_blocks * shapes.block_size
@@ -300,15 +306,12 @@ def _plan(
     """Cut the tokens into ranges for `blocks` blocks."""
     wide, fused = kernel == "attention_wide", bool(macros.get("FUSED"))
     pages = wide or kernel == "attention_pages"
-    threads, warps = SPLIT_THREADS, MERGE_WARPS
+    threads = PAGES_THREADS if pages else SPLIT_THREADS
     options: tuple[str, ...] = ("-std=c++17",)
-    if pages:
-        warps = macros["HEADS"] * macros["SHARES"]
-        if warps == MANY_WARPS or macros["ROW_TILES"] > 2 or macros["D"] > 128:
-            threads = 32 * (warps + WARPS_BESIDE)
-            options = ("-arch=sm_90a", *options)  # warps hand registers to each other
-        else:
-            threads = 32 * (warps + 1)
+    if wide or (pages and (macros["ROW_TILES"] > 2 or macros["D"] > 128)):
+        # Warps hand registers to each other.
+        threads = WIDE_THREADS if wide else PAGES_MOST_THREADS
+        options = ("-arch=sm_90a", *options)
     rows = (shapes.query_len or shapes.num_tokens) * shapes.group
     tile_rows = max(1, min(most_rows, rows))
     items = max_items(shapes, tile_rows)
@@ -319,12 +322,10 @@ def _plan(
         macros["D"], shapes, slots * shapes.num_kv_heads * tile_rows, dense
     )
     parts = ranges / max(1, items)  # of an output row, about
-    at_once = warps * ranges * head_groups if fused else math.inf
-    merge_warps = MERGE_WARPS
-    while merge_warps > 1 and (
-        parts < LEAST_PARTS * merge_warps or shapes.num_query_rows * merge_warps > at_once
-    ):
-        merge_warps //= 2
+    at_once = MERGE_WARPS * ranges * head_groups if fused else math.inf
+    warps = MERGE_WARPS
+    while warps > 1 and (parts < LEAST_PARTS * warps or shapes.num_query_rows * warps > at_once):
+        warps //= 2
     return Plan(
         f"{kernel}.cu" if pages else "attention.cu",
         kernel,
@@ -335,7 +336,7 @@ def _plan(
         PAGES_SHARED_BYTES if pages else 0,
         tile_rows,
         fused,
-        merge_warps,
+        warps,
         slots,
         scratch,
         scratch_bytes,
@@ -367,12 +368,14 @@ def scratch_layout(
 def page_order(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> str | None:
     """Memory order "head" or "token" of pages that kernels/attention_pages can read, else None.
 
-    It wants head_dim 64, 128 or 256, no soft cap, few query rows, and 16 tokens of all heads of a
-    block of threads in one piece: [head][token] in blocks of 16, 32 or 64, or [token][head].
+    It wants one of a few head_dims, 2 bits or more, no soft cap, few query rows, and 16 tokens of
+    all heads of a block of threads in one piece: [head][token] in blocks of 16, 32 or 64, or
+    [token][head].
     """
     heads = shapes.num_kv_heads
     if (
-        not {key.bits, value.bits} <= PAGES_BITS.get(key.head_dim, set())
+        key.head_dim not in PAGES_DIMS
+        or min(key.bits, value.bits) < PAGES_LEAST_BITS
         or shapes.soft_cap
         or shapes.rows_per_seq > PAGES_MOST_ROWS
         or shapes.block_size % PAGE
@@ -410,16 +413,26 @@ def row_tiles(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> int:
     return next((n for n in fitting if 8 * n >= shapes.rows_per_seq), fitting[-1])
 
 
-def consumer_warps(key: CodecSpec, value: CodecSpec, tiles: int) -> int:
-    """Warps of a block of attention_pages, but for those beside them."""
-    return TRIAL.get("warps", FEW_WARPS)
+def has_pairs(key: CodecSpec, value: CodecSpec, tiles: int) -> bool:
+    """Whether keys and values of 5 bits share a table of pairs, which takes half of the memory.
+
+    Beside a table of pairs of one side alone and that of the other no memory is left for pages.
+    """
+    if key.bits != PAIRED_BITS or value.bits != PAIRED_BITS:
+        return False
+    return _stages(key, value, tiles, 1, PAIRS_BYTES) >= PAIRED_STAGES
 
 
 def stages(key: CodecSpec, value: CodecSpec, tiles: int, pages: int) -> int:
-    """Stages of `pages` pages a warp that fit the ring of attention_pages."""
-    warps = consumer_warps(key, value, tiles)
-    rows = warps * tiles * (16 * key.head_dim + 128)  # TileRows of each warp
-    return (_ring_bytes(key, value) - rows) // (pages * _page_bytes(key, value, warps))
+    """Stages of `pages` pages of 8 heads that fit the ring of attention_pages."""
+    if has_pairs(key, value, tiles):
+        return _stages(key, value, tiles, pages, PAIRS_BYTES)
+    return _stages(key, value, tiles, pages, _table_bytes(key, value))
+
+
+def _stages(key: CodecSpec, value: CodecSpec, tiles: int, pages: int, tables: int) -> int:
+    rows = PAGES_HEADS * tiles * (16 * key.head_dim + 128)  # TileRows of each warp
+    return (_ring_bytes(tables) - rows) // (pages * _page_bytes(key, value, PAGES_HEADS))
 
 
 def wide_tiles(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> int:
@@ -429,15 +442,17 @@ def wide_tiles(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> int:
         return 0
     tiles = 2 if rows <= 16 else 4
     of_head = tiles * (16 * key.head_dim + 1312) + 64  # WideRows
-    ring = _ring_bytes(key, value) - WIDE_HEADS * of_head
+    ring = _ring_bytes(_table_bytes(key, value)) - WIDE_HEADS * of_head
     return tiles if ring >= 2 * WIDE_PAGES * _page_bytes(key, value, WIDE_HEADS) else 0
 
 
-def _ring_bytes(key: CodecSpec, value: CodecSpec) -> int:
+def _table_bytes(key: CodecSpec, value: CodecSpec) -> int:
+    """TABLE_BYTES of attention_fragments.cuh without pairs; 3 bits take two tables."""
+    return 131072 if 3 in (key.bits, value.bits) and key.bits != value.bits else 65536
+
+
+def _ring_bytes(tables: int) -> int:
     """Shared memory for the ring of pages and for the query rows."""
-    tables = 131072 if 3 in (key.bits, value.bits) and key.bits != value.bits else 65536
-    if "PAIRS" in TRIAL:
-        tables = 131072
     return PAGES_SHARED_BYTES - tables - 512 - (16 * FEW_SEQUENCES + 128)  # barriers, work list
 
 
@@ -447,10 +462,9 @@ def _page_bytes(key: CodecSpec, value: CodecSpec, heads: int) -> int:
 
 def pages_per_warp(key: CodecSpec, value: CodecSpec, tiles: int) -> int:
     """Pages that a warp of attention_pages takes at once: as many as its registers hold."""
-    if "sub" in TRIAL:
-        return TRIAL["sub"]
     widest = max(key.bits, value.bits)
-    pages = 1 if tiles > 1 or widest > 6 else 4 if widest == 2 else 2
+    one = tiles > 1 or widest > 6 or has_pairs(key, value, tiles)
+    pages = 1 if one else 4 if widest == 2 else 2
     pages = max(1, min(4, pages * 128 // key.head_dim))
     while pages > 1 and stages(key, value, tiles, pages) < 2:
         pages //= 2

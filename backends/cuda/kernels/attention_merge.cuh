@@ -1,12 +1,12 @@
-// Combine the parts of each output row, add the sink, rotate back; by all COUNT warps of a block.
+// Combine the parts of each output row, add the sink, rotate back; by MERGE_WARPS warps of a block.
 //
-// a.merge_warps warps (1, 2, 4 or 8) share a row: warp w takes parts w, w + merge_warps, ...
+// a.merge_warps warps (1, 2, 4 or MERGE_WARPS) share a row: warp w takes parts w, w + merge_warps, ...
 // A lane has dims 4 lane .. 4 lane + 3, and those 128, 256, ... further.
 #pragma once
 #include "attention_rows.cuh"
 
-#define MERGE_WARPS 8                  // of a block of attention_merge
-#define MERGE_BARRIER 1                // of the warps of a block
+#define MERGE_WARPS 8
+#define MERGE_BARRIER 1                // of these warps
 #define FOURS ((O_PITCH + 127) / 128)  // of dims a lane
 // Parts that are loaded before the first is used.  Within attention_pages a row has many of them; a
 // kernel of its own runs more warps at a time with fewer registers.
@@ -16,9 +16,9 @@
 #define AT_ONCE (8 / FOURS)
 #endif
 
-template <int COUNT> struct MergeSpace {  // shared memory of a block
-  float sums[COUNT][O_PITCH];
-  float2 totals[COUNT];                   // maximum and softmax sum of each warp
+struct MergeSpace {                // shared memory of a block
+  float sums[MERGE_WARPS][O_PITCH];
+  float2 totals[MERGE_WARPS];      // maximum and softmax sum of each warp
 };
 
 // Where the parts of an output row are: `count` from `first` on, `stride` rows from one to the next.
@@ -55,9 +55,8 @@ __device__ __forceinline__ PartsOfRow parts_of_row(const Args& a, const i64* pla
 }
 
 // The row of each warp of a block; a.merge_warps neighbours have the same.
-template <int COUNT>
 __device__ __forceinline__ void merge_rows(const Args& a, const PartsOfRow& parts, const Signs& signs,
-                                           MergeSpace<COUNT>& space, int warp, int lane) {
+                                           MergeSpace& space, int warp, int lane) {
   const int share = warp % a.merge_warps;
   const i64 row = parts.row;
   float x[FOURS][4] = {}, top = NEVER, sum = 0.f;
@@ -125,7 +124,7 @@ __device__ __forceinline__ void merge_rows(const Args& a, const PartsOfRow& part
   if (a.merge_warps > 1) {
     keep(1.f);
     if (lane == 0) space.totals[warp] = make_float2(top, sum);
-    named_barrier(MERGE_BARRIER, 32 * COUNT);
+    named_barrier(MERGE_BARRIER, 32 * MERGE_WARPS);
     if (share == 0) {
       const float mine = top;
       for (int w = 1; w < a.merge_warps; w++) top = fmaxf(top, space.totals[warp + w].x);
@@ -175,12 +174,12 @@ __device__ __forceinline__ void merge_rows(const Args& a, const PartsOfRow& part
       }
     }
   }
-  if (a.merge_warps > 1) named_barrier(MERGE_BARRIER, 32 * COUNT);  // before space is reused
+  if (a.merge_warps > 1) named_barrier(MERGE_BARRIER, 32 * MERGE_WARPS);  // before space is reused
   __syncwarp();
 }
 
 extern "C" __global__ void __launch_bounds__(32 * MERGE_WARPS) attention_merge(const Args a) {
-  __shared__ MergeSpace<MERGE_WARPS> space;
+  __shared__ MergeSpace space;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Signs signs = load_signs(a.v_signs, a.merged ? 0 : a.v_steps, lane);
   const i64 row = (i64)blockIdx.x * (MERGE_WARPS / a.merge_warps) + warp / a.merge_warps;

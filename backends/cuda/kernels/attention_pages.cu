@@ -1,4 +1,4 @@
-// As attention.cu, for head_dim 128 and whole pages; see attention_pages.cuh for its macros.
+// As attention.cu, for a few head_dims and whole pages; see attention_pages.cuh for its macros.
 #include "attention_query.cuh"
 #include "attention_dense.cuh"
 #include "attention_pages.cuh"

@@ -1,5 +1,5 @@
-// attention_pages: partial attention over token ranges for head_dim 64, 128 and 256, codes of 2 bits
-// and more and pages that are contiguous in memory; compute capability 9.0, with ROW_TILES 4 9.0a.
+// attention_pages: partial attention over token ranges for head_dim 64, 96, 128 and 256, codes of 2
+// bits and more and pages that are contiguous in memory; compute capability 9.0, with ROW_TILES 4 9.0a.
 //
 //   S^T = K Q^T    (A = dequantised K: 16 tokens x 16 dims,   B = Q: 16 dims x 8 query rows)
 //   O^T = V^T P^T  (A = dequantised V^T: 16 dims x 16 tokens, B = P^T: 16 tokens x 8 query rows)
@@ -16,15 +16,16 @@
 //
 // Macros: D, KEY_BITS, VALUE_BITS, BLOCK_SIZE, HEADS (of a block), SHARES (8 / HEADS), SUB,
 // HEAD_MAJOR (a page is [head][token], else [token][head]), UNIT = 16 SUB SHARES, NUM_SMEM (bytes),
-// ROW_TILES (1, 2 or 4), FUSED (up to FEW_SEQUENCES sequences, Hadamard rotations).
+// ROW_TILES (1, 2 or 4), FUSED (up to FEW_SEQUENCES sequences, Hadamard rotations); optional PAIRS.
 #pragma once
 #include "attention_merge_rows.cuh"
 #include "attention_ring.cuh"
 
 #define VALUES_EARLY (KEY_BITS < 4 && VALUE_BITS < 4)  // read V codes together with K codes
 
-static_assert(sizeof(MergeSpace<CONSUMERS>) <= ROWS_BYTES, "shared memory");
-static_assert(D == 64 || D == 128 || D == 256 && !FUSED, "attention_pages");
+static_assert(sizeof(MergeSpace) <= ROWS_BYTES, "shared memory");
+static_assert(CONSUMERS == HEADS * SHARES, "warps");
+static_assert(D == 64 || D == 128 || (D == 96 || D == 256) && !FUSED, "attention_pages");
 
 // ---- the consumer warps
 
@@ -35,10 +36,6 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
   const Places my = places_of(smem + RING_AT, head, share * SUB, lane);
   TileRows& mine = ((TileRows*)(dynamic_shared() + ROWS_AT))[warp];
   TileRows& first = (&mine)[-share];  // of the warps of this head
-
-  Levels k_levels = {}, v_levels = {};
-  if (KEY_REGISTERS) k_levels = load_levels(a.k_centroids);
-  if (VALUE_REGISTERS) v_levels = load_levels(a.v_centroids);
 
   u32 stage = 0, phase = 0;
   Walk walk = start_walk(a, plan);
@@ -70,20 +67,13 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
     const u32 at = stage * STAGE_BYTES;
     barrier_wait(full + 8 * stage, phase);
     __syncwarp();
-#ifdef ONLY_COPY  // trial: how long the pages take
-    if (ring32(my.keys + at) == 0x12345678u && ring32(my.keys + at + 4) == 0x12345678u) sum[0][0] += 1.f;
-    __syncwarp();
-    if (lane == 0) barrier_arrive(empty + 8 * stage);
-    if (++stage == STAGES) stage = 0, phase ^= 1;
-    continue;
-#endif
     u32 kw[SUB][2][K_WORDS], vw[SUB][4][V_WORDS];
     float kn[SUB][2], vn[SUB][2], x[SUB][ROW_TILES][4];
     auto read_v = [&](int p) {
       const u32 page = at + PAGE_AT(p, V_TOKEN);
 #pragma unroll
       for (int e = 0; e < 4; e++)
-        read_values(vw[p][e], my.values[e & 1] + page + (e >> 1) * 8 * V_TOKEN, my.v_shift, my.v_reversing);
+        read_values(vw[p][e], my.values[e & 1] + page + (e >> 1) * 8 * V_TOKEN, my);
     };
     auto release = [&] {  // all reads of this stage are done
       __syncwarp();
@@ -94,7 +84,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
       const u32 page = at + PAGE_AT(p, K_TOKEN), norms = my.norms + at + PAGE_AT(p, N_TOKEN);
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        read_keys(kw[p][e], my.keys + page + e * 8 * K_TOKEN, my.k_reversing);
+        read_keys(kw[p][e], my.keys + page + e * 8 * K_TOKEN, my.k_select);
         kn[p][e] = __uint_as_float(ring32(norms + e * 8 * N_TOKEN));
         vn[p][e] = __uint_as_float(ring32(norms + e * 8 * N_TOKEN + AT_VN - AT_KN));
       }
@@ -107,7 +97,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
 #pragma unroll
     for (int p = 0; p < SUB; p++) {
       u32 f[PRODUCTS][4];
-      keys(kw[p][0], kw[p][1], f, my.k_bank, k_levels);
+      keys(kw[p][0], kw[p][1], f, my.k_bank);
 #if ROW_TILES == 1
       float z[4];  // two chains of products
       mma_zero(x[p][0], f[0], qb[0][0]);
@@ -235,8 +225,8 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
         b[n] = make_uint2(w[0], w[1]);
       }
       u32 lower[LANE_DIMS], upper[LANE_DIMS];
-      values<(VALUE_REGISTERS > 0)>(vw[p][0], vw[p][1], lower, my.v_bank, v_levels);
-      values<(VALUE_REGISTERS > 1)>(vw[p][2], vw[p][3], upper, my.v_bank, v_levels);
+      values(vw[p][0], vw[p][1], lower, my.v_bank);
+      values(vw[p][2], vw[p][3], upper, my.v_bank);
 #pragma unroll
       for (int i = 0; i < PRODUCTS; i++) {
         const u32 f[4] = {lower[2 * i], lower[2 * i + 1], upper[2 * i], upper[2 * i + 1]};
@@ -272,7 +262,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
         const bool here = SHARES > 1 && share > 0;
         if (r < rows.count) {
           const i64 row = part * a.tile_rows + r;
-          store_words((uint4*)((here ? mine.part[r] : a.parts + row * D) + LANE_DIMS * g), w);
+          store_words(here ? mine.part[r] : a.parts + row * D, g, w);
           if (g == 0) *(here ? mine.scales + r : a.part_scales + row) = scale;
         }
       }
@@ -299,7 +289,7 @@ __device__ __forceinline__ void merge_in_blocks(const Args& a, const i64* plan, 
   named_barrier(MERGE_BARRIER, 32 * CONSUMERS);
   if (threadIdx.x == 0) grid_barrier(a.barrier, block, blocks);
   named_barrier(MERGE_BARRIER, 32 * CONSUMERS);
-  auto& space = *(MergeSpace<CONSUMERS>*)(dynamic_shared() + ROWS_AT);
+  auto& space = *(MergeSpace*)(dynamic_shared() + ROWS_AT);
   while (row < all) {
     if (fours) merge_four_rows(a, parts, early, lane);
     else merge_rows(a, parts, signs, space, warp, lane);
@@ -315,7 +305,7 @@ extern "C" __global__ void __launch_bounds__(PAGES_THREADS, 1) attention_pages(c
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   i64* plan = FUSED ? (i64*)(dynamic_shared() + PLAN_AT) : a.plan;
   if (warp >= CONSUMERS) {
-    if (REGISTERS_MOVED) give_registers<(CONSUMERS == 16 ? 32 : 56)>();
+    if (REGISTERS_MOVED) give_registers<56>();
     if (warp > CONSUMERS) return;
     if (lane == 0) {
       init_ring(smem);
@@ -326,8 +316,8 @@ extern "C" __global__ void __launch_bounds__(PAGES_THREADS, 1) attention_pages(c
     named_barrier_arrive(MERGE_BARRIER, WORKING_THREADS);
     produce(a, plan, smem, lane);
   } else {
-    // With 4 warps of 56 as many as 12 warps of 168, or with 4 warps of 32 as 20 warps of 96.
-    if (REGISTERS_MOVED) take_registers<(CONSUMERS == 16 ? 112 : 224)>();
+    // With 4 warps of 56 as many as 12 warps of 168.
+    if (REGISTERS_MOVED) take_registers<224>();
 #if FUSED
     const u64 early = early_signs(a.k_signs, a.k_steps, lane & 7);
 #else

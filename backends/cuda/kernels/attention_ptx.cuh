@@ -19,12 +19,6 @@ __device__ __forceinline__ u32 blend(u32 mask, u32 x, u32 y) {
   asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(r) : "r"(mask), "r"(x), "r"(y));
   return r;
 }
-// Four of the eight bytes of b:a; each nibble of the selector's low half names one and is below 8.
-__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 selector) {
-  u32 r;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
-  return r;
-}
 // Two floats to float16, the first in the low half.
 __device__ __forceinline__ u32 pack_half2(float lo, float hi) {
   u32 r;

@@ -4,7 +4,7 @@
 
 #define WORKING_THREADS (32 * (CONSUMERS + 1))
 // From the producer's group of warps to the consumers.
-#define REGISTERS_MOVED (CONSUMERS == 16 || D > 128 || ROW_TILES > 2)
+#define REGISTERS_MOVED (WIDE || D > 128 || ROW_TILES > 2)
 #define PAGES_THREADS (REGISTERS_MOVED ? 32 * (CONSUMERS + 4) : WORKING_THREADS)
 #define BARRIERS_AT TABLE_BYTES
 #define PLAN_AT (BARRIERS_AT + 512)
@@ -39,9 +39,6 @@ __device__ __forceinline__ void produce(const Args& a, const i64* plan, u32 smem
   const u32 bytes = COPY_PAGES * (kind == 0 ? K_PAGE : kind == 1 ? V_PAGE : NORM_PAGE);
   const u32 at = kind == 0 ? 0 : kind == 1 ? AT_V : kind == 2 ? AT_KN : AT_VN;
   int stage = 0, phase = 1;
-#ifdef COPY_ONCE
-  int copied = 0;
-#endif
   Walk walk = start_walk(a, plan);
   Segment segment;
   while (next_segment(a, walk, segment)) {
@@ -64,14 +61,6 @@ __device__ __forceinline__ void produce(const Args& a, const i64* plan, u32 smem
         next = place_of(base + 32 + lane);
       }
       barrier_wait(empty + 8 * stage, phase);
-#ifdef COPY_ONCE  // trial: how long the arithmetic takes
-      if (copied >= STAGES) {
-        if (lane == 0) barrier_arrive(full + 8 * stage);
-        if (++stage == STAGES) stage = 0, phase ^= 1;
-        continue;
-      }
-      copied++;
-#endif
       if (lane == 0) barrier_expect(full + 8 * stage, STAGE_BYTES);
       __syncwarp();
       const u32 to = smem + RING_AT + stage * STAGE_BYTES + at;

@@ -28,9 +28,38 @@ struct WideRows {
   u64 padding;
 };
 
-__device__ __forceinline__ void store_words(uint4* to, const u32 (&w)[PRODUCTS]) {
+// Float16 of LANE_DIMS dims of a row, 16 bytes at a time or 8.
+__device__ __forceinline__ void load_halves(const u16* from, float (&v)[LANE_DIMS]) {
+#if LANE_DIMS % 8 == 0
 #pragma unroll
-  for (int k = 0; k < PRODUCTS / 4; k++) to[k] = make_uint4(w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]);
+  for (int k = 0; k < LANE_DIMS / 8; k++) unpack_halves(((const uint4*)from)[k], v + 8 * k);
+#else
+#pragma unroll
+  for (int k = 0; k < LANE_DIMS / 4; k++) {
+    const uint2 x = ((const uint2*)from)[k];
+    const u32 w[2] = {x.x, x.y};
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[4 * k + i] = half_to_float((u16)(w[i / 2] >> i % 2 * 16));
+  }
+#endif
+}
+__device__ __forceinline__ void store_halves(u16* to, const u32 (&w)[PRODUCTS]) {
+#if LANE_DIMS % 8 == 0
+#pragma unroll
+  for (int k = 0; k < PRODUCTS / 4; k++) ((uint4*)to)[k] = make_uint4(w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]);
+#else
+#pragma unroll
+  for (int k = 0; k < PRODUCTS / 2; k++) ((uint2*)to)[k] = make_uint2(w[2 * k], w[2 * k + 1]);
+#endif
+}
+// The dims of a row of O that `values` gives lanes (g, c).
+__device__ __forceinline__ void store_words(u16* row, int g, const u32 (&w)[PRODUCTS]) {
+#if SPLIT_EIGHTHS
+  *(uint4*)(row + 8 * g) = make_uint4(w[0], w[1], w[2], w[3]);
+  *(uint2*)(row + 64 + 4 * g) = make_uint2(w[4], w[5]);
+#else
+  store_halves(row + LANE_DIMS * g, w);
+#endif
 }
 #if SHARES > 1
 // Combine the part of the first share, in global memory, with those of the others, shares[1 ..].
@@ -52,10 +81,8 @@ __device__ __forceinline__ void add_shares(const Args& a, i64 part, int count, c
 #pragma unroll
     for (int s = 0; s < SHARES; s++) {
       const float weight = exp2_approx(scale[s].x - top), factor = most > 0.f ? weight * (scale[s].y / most) : 0.f;
-      const uint4* from = (const uint4*)(s ? shares[s].part[r] + LANE_DIMS * (lane & 7) : to);
       float x[LANE_DIMS];
-#pragma unroll
-      for (int k = 0; k < LANE_DIMS / 8; k++) unpack_halves(from[k], x + 8 * k);
+      load_halves(s ? shares[s].part[r] + LANE_DIMS * (lane & 7) : to, x);
 #pragma unroll
       for (int k = 0; k < LANE_DIMS; k++) v[k] = fmaf(factor, x[k], v[k]);
       total += weight;
@@ -66,7 +93,7 @@ __device__ __forceinline__ void add_shares(const Args& a, i64 part, int count, c
     for (int k = 0; k < PRODUCTS; k++) w[k] = pack_half2(v[2 * k] * inverse, v[2 * k + 1] * inverse);
     __syncwarp();  // all have read what is overwritten
     if (first + (lane >> 3) < count) {
-      store_words((uint4*)to, w);
+      store_halves(to, w);
       if ((lane & 7) == 0)
         a.part_scales[row] = make_float2(total > 0.f ? top + log2_approx(total) : __uint_as_float(0xff800000u), most);
     }
@@ -82,9 +109,8 @@ __device__ __forceinline__ void put_fragments(uint2 (&query)[PRODUCTS][32], cons
   for (int k = 0; k < LANE_DIMS / 4; k++) {
     const float* x = v + 4 * k;
     query[product + k][4 * r + c] =
-        KEY_BITS == 2 && (product + k) / 4 < KEY_REGISTERS ? make_uint2(pack_half2(x[3], x[1]), pack_half2(x[2], x[0]))
-        : ONE_TABLE && (KEY_BITS <= 4 || PAIRS)            ? make_uint2(pack_half2(x[1], x[0]), pack_half2(x[3], x[2]))
-                                                           : make_uint2(pack_half2(x[0], x[1]), pack_half2(x[2], x[3]));
+        ONE_TABLE && (KEY_BITS <= 4 || PAIRS) ? make_uint2(pack_half2(x[1], x[0]), pack_half2(x[3], x[2]))
+                                              : make_uint2(pack_half2(x[0], x[1]), pack_half2(x[2], x[3]));
   }
 }
 
@@ -129,10 +155,8 @@ __device__ __forceinline__ void load_rows(const Args& a, const Segment& segment,
   const float largest = warp_max(factor.x);  // powers of two times a constant: the ratio is exact
   if (lane == 0) to.factors[first / 4] = largest;
   const float ratio = largest > 0.f ? factor.x / largest : 0.f;
-  const uint4* from = (const uint4*)(a.q_rows + row * Q_PITCH + LANE_DIMS * (lane & 7));
   float v[LANE_DIMS];
-#pragma unroll
-  for (int i = 0; i < LANE_DIMS / 8; i++) unpack_halves(from[i], v + 8 * i);
+  load_halves(a.q_rows + row * Q_PITCH + LANE_DIMS * (lane & 7), v);
 #pragma unroll
   for (int i = 0; i < LANE_DIMS; i++) v[i] *= ratio;
   put_fragments(to.query[first / 8], v, r & 7, lane);

@@ -113,12 +113,12 @@ __device__ __forceinline__ void consume_wide(const Args& a, const i64* plan, u32
   const u32 v_bank = here(lane * 4), k_bank = KEY_BITS == 2 ? v_bank % 64 * 2 : v_bank;
   const int row_token = token_of_row(g);
   const u32 ring = smem + RING_AT;
-  const u32 k_at = here(ring + PAGE_AT(quarter, K_TOKEN) + row_token * K_TOKEN + head * K_HEAD + (c * KEY_RUN & ~3));
+  const u32 k_at = here(ring + PAGE_AT(quarter, K_TOKEN) + row_token * K_TOKEN + head * K_HEAD + (KEY_BEGIN(c) & ~3));
   const u32 n_at = here(ring + PAGE_AT(quarter, N_TOKEN) + AT_KN + row_token * N_TOKEN + head * N_HEAD);
   // For ring_matrices: rows of 8 tokens each, 0 and 8 of a page and of the next one.
   const u32 v_at = here(ring + AT_V + head * V_HEAD + PAGE_AT(lane >> 4, V_TOKEN) +
                         (token_of_row(lane & 7) + (lane & 8)) * V_TOKEN + 16 * quarter);
-  const u32 k_reversing = reversing<KEY_RUN>(c * KEY_RUN & 3);
+  const u32 k_select = selector<REVERSED(KEY_BITS), KEY_RUN>(KEY_BEGIN(c));
   WideRows& mine = ((WideRows*)(dynamic_shared() + ROWS_AT))[head];
   const u32 free_weights = shared_address(&mine.weights_free);
   const u64 query = wgmma_matrix(shared_address(mine.query), 128 * ROW_TILES, 128);
@@ -157,13 +157,13 @@ __device__ __forceinline__ void consume_wide(const Args& a, const i64* plan, u32
       {
         u32 kw[2][K_WORDS], f[PRODUCTS][4];
 #pragma unroll
-        for (int e = 0; e < 2; e++) read_keys(kw[e], k_at + at + e * 8 * K_TOKEN, k_reversing);
+        for (int e = 0; e < 2; e++) read_keys(kw[e], k_at + at + e * 8 * K_TOKEN, k_select);
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           kn[e] = __uint_as_float(ring32(n_at + at + e * 8 * N_TOKEN)) * q_factor;
           vn[e] = __uint_as_float(ring32(n_at + at + e * 8 * N_TOKEN + AT_VN - AT_KN));
         }
-        keys(kw[0], kw[1], f, k_bank, {});
+        keys(kw[0], kw[1], f, k_bank);
         settle(f);
         wgmma_fence();
 #pragma unroll
