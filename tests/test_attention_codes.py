@@ -6,7 +6,6 @@ written out, and every lane of a warp is run in turn.
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,10 +16,9 @@ import numpy.typing as npt
 import pytest
 
 from turboquant_np import TurboQuant
+from turboquant_np.backends.cuda.attention_constants import make_constants
 from turboquant_np.backends.cuda.source import variant_source
 from turboquant_np.packing import unpack
-
-attention: Any = importlib.import_module("turboquant_np.backends.cuda.attention")
 
 COMPILER = shutil.which("c++")
 PROGRAM = Path(__file__).with_name("attention_codes.cpp")
@@ -97,7 +95,7 @@ def test_fragments_are_the_decoded_vectors(
     tables, pages, vectors = [], [], []
     for b in bits:
         spec = TurboQuant(head_dim=head_dim, bits=b)._spec
-        table = attention.make_constants(spec)["centroids"]
+        table = make_constants(spec)["centroids"]
         codes = rng.integers(0, 256, (PAGE, HEADS, spec.packed_dim), np.uint8)
         stored = codes.swapaxes(0, 1) if head_major else codes
         tables.append(table)

@@ -13,7 +13,7 @@ from turboquant_np import TurboQuant
 from turboquant_np.backends.cuda.attention_plan import Layout, Plan, Shapes, make_plan
 
 nvrtc: Any = pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
-attention: Any = importlib.import_module("turboquant_np.backends.cuda.attention")
+arguments: Any = importlib.import_module("turboquant_np.backends.cuda.attention_arguments")
 
 KERNEL = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.DOTALL
@@ -62,8 +62,8 @@ def plan_of(
 
 def spills_and_registers(plan: Plan, arch: int, more: str = "") -> dict[str, tuple[int, int]]:
     """Compile a plan's kernels and `more`; {kernel: (bytes spilled, registers)}."""
-    source = attention.step_source(plan.source, plan.macros) + (
-        f"static_assert(sizeof(Args) == {attention.argument_dtype().itemsize});{more}"
+    source = arguments.step_source(plan.source, plan.macros) + (
+        f"static_assert(sizeof(Args) == {arguments.argument_dtype().itemsize});{more}"
     )
     try:
         program = nvrtc.createProgram(source, plan.source, [], [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from typing import Any
@@ -14,9 +13,8 @@ from hypothesis import strategies as st
 
 from turboquant_np import TurboQuant
 from turboquant_np.backends.cuda import attention_plan
+from turboquant_np.backends.cuda.attention_constants import make_constants, table_gain
 from turboquant_np.backends.cuda.attention_plan import Layout, Plan, Shapes, make_plan
-
-attention: Any = importlib.import_module("turboquant_np.backends.cuda.attention")
 
 SMS = 132
 
@@ -246,7 +244,7 @@ def test_table_gain_helps_float16(bits: int) -> None:
         rounded = (centroids * gain).astype(np.float16).astype(np.float64) / gain
         return float(np.sqrt(((rounded - centroids) ** 2).mean()))
 
-    gain = attention.table_gain(centroids.astype(np.float32))
+    gain = table_gain(centroids.astype(np.float32))
     assert 1 <= gain < 2
     assert loss(gain) < loss(1.0) * (0.35 if bits <= 5 else 1)
 
@@ -254,7 +252,7 @@ def test_table_gain_helps_float16(bits: int) -> None:
 @pytest.mark.parametrize("head_dim", [33, 128])
 def test_signs_are_the_rotations(head_dim: int) -> None:
     spec = TurboQuant(head_dim=head_dim, bits=4, seed=5)._spec
-    words = attention.make_constants(spec)["signs"]
+    words = make_constants(spec)["signs"]
     negative = [[int(row[i // 32]) >> i % 32 & 1 for i in range(head_dim)] for row in words]
     signs: Any = spec.rotation
     np.testing.assert_array_equal(np.array(negative) == 1, signs.signs < 0)

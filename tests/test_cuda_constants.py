@@ -16,7 +16,7 @@ import pytest
 from turboquant_np import TurboQuant
 
 constants_module = importlib.import_module("turboquant_np.backends.cuda.constants")
-attention_module = importlib.import_module("turboquant_np.backends.cuda.attention")
+attention_module = importlib.import_module("turboquant_np.backends.cuda.attention_constants")
 THREADS = 4
 
 
@@ -60,5 +60,5 @@ def test_threads_get_the_same_array(name: str) -> None:
 @pytest.mark.usefixtures("fake_cupy")
 def test_threads_get_the_same_tables_for_attention() -> None:
     spec = TurboQuant(head_dim=64, bits=3)._spec
-    found = at_once(lambda: attention_module._constants(spec, 0)["signs"])
+    found = at_once(lambda: attention_module.constants_of(spec, 0)["signs"])
     assert all(array is found[0] for array in found)

@@ -53,7 +53,8 @@ class CudaAttention:
     def __call__(self, memory: LayerMemory, query: Any, options: dict[str, Any], sinks: Any) -> Any:
         """Attend in one layer."""
         from .backends.cuda import empty
-        from .backends.cuda.attention import FullPages, attention_beside, window_tiles
+        from .backends.cuda.attention import attention_beside
+        from .backends.cuda.attention_launches import FullPages, window_tiles
 
         q = _arrays.native(query)
         group = q.shape[1] // memory.k_full.shape[2]

@@ -31,6 +31,7 @@ from turboquant_np.fused_attention import TQPagedAttention
 from turboquant_np.kv_cache import PagedKVCache
 
 gpu_attention = importlib.import_module("turboquant_np.backends.cuda.attention")
+gpu_scratch = importlib.import_module("turboquant_np.backends.cuda.attention_scratch")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -167,7 +168,7 @@ def draw_variant(rng: np.random.Generator, kind: str) -> dict[str, Any]:
             "query_len": query_len,
             "rotations": ["hadamard", str(rng.choice(["hadamard", "hadamard", "haar"]))],
             "ragged": query_len > 1 and bool(rng.integers(2)),
-            "head_dim": int(rng.choice([64, 128, 128, 256])),
+            "head_dim": int(rng.choice([64, 96, 128, 128, 256])),
             "k_bits": int(bits[0]),
             "v_bits": int(bits[rng.integers(2)]),
             "block_size": int(rng.choice([16, 16, 32, 64])),
@@ -470,7 +471,7 @@ def scratch_share(bits: int, group: int) -> float:
     """Scratch memory of a step at 128k tokens over the bytes of the packed cache."""
     step = Step((bits, bits), 1, 131072, group, pool_bytes=1)
     pool = cupy.get_default_memory_pool()
-    gpu_attention._buffers.clear()
+    gpu_scratch.buffers.clear()
     before = pool.used_bytes()
     step.launches(0)
     return float((pool.used_bytes() - before) / step.bytes)
@@ -548,6 +549,8 @@ def run(options: argparse.Namespace, stream: Any) -> bool:
                 *({**base, "head_dim": 64, "bits": (b, b)} for b in (4, 3, 2, 8)),
                 {**base, "head_dim": 64, "batch": 1},
                 {**base, "head_dim": 64, "query_len": 8},
+                *({**base, "head_dim": 96, "bits": (b, b)} for b in (4, 3, 2, 5, 6, 8)),
+                {**base, "head_dim": 96, "head_major": False},
                 *({**base, "head_dim": 256, "bits": (b, b)} for b in (4, 3, 2)),
                 *({**base, "bits": (b, b)} for b in (5, 6, 7)),
                 {**base, "bits": (5, 5), "batch": 64, "context": 2048},
