@@ -87,6 +87,9 @@ int main() {
       std::copy(query[r] + LANE_DIMS * part, query[r] + LANE_DIMS * (part + 1), v);
       put_fragments(rows, v, r, part);
     }
+  for (int r = 0; r < 8; r++)
+    for (int i = 0; i < D; i++)
+      if (*fragment_of((u16*)rows, r, i) != half_bits(query[r][i])) std::abort();
   auto product = [](u32 x, u32 y) {
     return half_to_float((u16)x) * half_to_float((u16)y) + half_to_float((u16)(x >> 16)) * half_to_float((u16)(y >> 16));
   };

@@ -127,6 +127,16 @@ def test_where_pairs_of_codes_have_a_table(
     assert ("PAIRS" in macros) == pairs
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "num_seqs", "fused"),
+    [(128, 128, True), (128, 129, False), (96, 64, True), (96, 67, False), (256, 4, False)],
+)
+def test_where_one_launch_does_it_all(head_dim: int, num_seqs: int, fused: bool) -> None:
+    k, v = specs(head_dim=head_dim)
+    s = shapes(k, v, num_seqs=num_seqs, num_tokens=num_seqs)
+    assert plan(k, v, s).fused == fused
+
+
 def test_the_pages_kernel_only_on_devices_it_is_written_for() -> None:
     k, v = specs()
     assert plan(k, v, shapes(k, v), bulk_copies=False).kernel == "attention_split"

@@ -19,7 +19,7 @@ SPLIT_UNIT = 64  # tokens that a block of attention_split handles at once
 SPLIT_THREADS = 128
 
 PAGE = 16  # tokens of one copy of attention_pages
-FUSED_DIMS = (64, 128)  # of which it rotates and merges rows itself
+FUSED_DIMS = (64, 96, 128)  # of which it rotates and merges rows itself
 PAGES_DIMS = (64, 96, 128, 256)  # head_dim of attention_pages
 PAGES_LEAST_BITS = 2
 HEAD_MAJOR_BLOCKS = (16, 32, 64)  # tokens
@@ -43,6 +43,7 @@ PAGES_SHARED_BYTES = 231424  # the most a block may have, less 1 KB
 MERGE_WARPS = 8  # of a block of attention_merge
 MANY_DIMS = 32  # of a lane of attention_query_many and attention_merge_many
 MERGED_ROWS = 32  # that a block of attention_pages merges at a time; more get a launch of their own
+UNEVEN_MERGED_ROWS = 16  # at head_dim 96, where a warp has one row at a time
 LEAST_PARTS = 4  # of an output row that a warp of attention_merge takes
 SCRATCH_SHARE = 0.018  # of a long packed cache; with more, there are half as many parts
 MANY_TOKENS = 65536
@@ -208,7 +209,8 @@ def make_plan(
         macros |= {"HEADS": WIDE_HEADS, "SHARES": WIDE_PAGES, "SUB": 1, "UNIT": PAGE * WIDE_PAGES}
         return _plan("attention_wide", macros, shapes, groups, num_sms, 8 * tiles, dense)
     tiles = row_tiles(key, value, shapes)
-    fused = may_fuse and tiles == 1 and shapes.num_query_rows <= MERGED_ROWS * num_sms
+    merged = UNEVEN_MERGED_ROWS if key.head_dim == 96 else MERGED_ROWS
+    fused = may_fuse and tiles == 1 and shapes.num_query_rows <= merged * num_sms
     macros |= {"ROW_TILES": tiles, "FUSED": int(fused)}
 
     pages = pages_per_warp(key, value, tiles)

@@ -3,7 +3,7 @@
 #include "attention_merge.cuh"
 #include "attention_eighths.cuh"
 
-#if FUSED
+#if FUSED && POWER_OF_TWO
 
 #define PARTS_AT_ONCE 4  // are loaded before the first is used
 

@@ -25,7 +25,7 @@
 
 static_assert(sizeof(MergeSpace) <= ROWS_BYTES, "shared memory");
 static_assert(CONSUMERS == HEADS * SHARES, "warps");
-static_assert(D == 64 || D == 128 || (D == 96 || D == 256) && !FUSED, "attention_pages");
+static_assert(D == 64 || D == 128 || D == 96 || D == 256 && !FUSED, "attention_pages");
 
 // ---- the consumer warps
 
@@ -279,11 +279,14 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
 // When all blocks have written their parts.  What can be known before is found out before.
 __device__ __forceinline__ void merge_in_blocks(const Args& a, const i64* plan, u32 block, u32 blocks, int warp, int lane) {
   const i64 all = (i64)a.num_tokens * a.num_kv_heads * a.group;
-  const bool fours = a.merge_warps == 1 && all > (i64)blocks * CONSUMERS;  // else a row a warp or less
+  // Four rows a warp, else one or less.
+  const bool fours = POWER_OF_TWO && a.merge_warps == 1 && all > (i64)blocks * CONSUMERS;
   const int at_once = fours ? 4 * CONSUMERS : CONSUMERS / a.merge_warps;
   const int own = fours ? 4 * warp + (lane >> 3) : warp / a.merge_warps;
   const Signs signs = load_signs(a.v_signs, a.v_steps, lane);
+#if POWER_OF_TWO
   const u64 early = early_signs(a.v_signs, a.v_steps, lane & 7);
+#endif
   i64 row = (i64)block * at_once;
   PartsOfRow parts = parts_of_row(a, plan, row + own);
   named_barrier(MERGE_BARRIER, 32 * CONSUMERS);
@@ -291,8 +294,11 @@ __device__ __forceinline__ void merge_in_blocks(const Args& a, const i64* plan, 
   named_barrier(MERGE_BARRIER, 32 * CONSUMERS);
   auto& space = *(MergeSpace*)(dynamic_shared() + ROWS_AT);
   while (row < all) {
+#if POWER_OF_TWO
     if (fours) merge_four_rows(a, parts, early, lane);
-    else merge_rows(a, parts, signs, space, warp, lane);
+    else
+#endif
+      merge_rows(a, parts, signs, space, warp, lane);
     row += (i64)blocks * at_once;
     parts = parts_of_row(a, plan, row + own);
   }
@@ -319,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(PAGES_THREADS, 1) attention_pages(c
     // With 4 warps of 56 as many as 12 warps of 168.
     if (REGISTERS_MOVED) take_registers<224>();
 #if FUSED
-    const u64 early = early_signs(a.k_signs, a.k_steps, lane & 7);
+    const u64 early = query_signs(a, lane);
 #else
     const u64 early = 0;
 #endif

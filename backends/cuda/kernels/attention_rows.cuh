@@ -5,6 +5,8 @@
 #pragma once
 #include "attention_common.cuh"
 
+#define EARLY_STEPS 4  // of a rotation, whose signs are loaded before anything waits
+
 #if (D & (D - 1)) == 0
 #define POWER_OF_TWO 1
 #define TRANSFORM D
@@ -42,7 +44,6 @@ __device__ __forceinline__ void mix_halves(float* x, int lane) {
 }
 #if POWER_OF_TWO && D >= 32
 #define PER_LANE (D / 32)
-#define EARLY_STEPS 4  // their signs are loaded before anything waits
 
 struct Signs {
   u32 early;  // PER_LANE bits a step of this lane's neighbours, set = negative

@@ -101,6 +101,8 @@ __device__ __forceinline__ void add_shares(const Args& a, i64 part, int count, c
 }
 #endif
 
+#define SWAPPED (ONE_TABLE && (KEY_BITS <= 4 || PAIRS))  // the dims of a pair
+
 // Dims of a row, from LANE_DIMS (lane % 8) on, to the fragments of row r of 8, in the order in which `keys`
 // gives those of K.
 __device__ __forceinline__ void put_fragments(uint2 (&query)[PRODUCTS][32], const float (&v)[LANE_DIMS], int r, int lane) {
@@ -109,12 +111,97 @@ __device__ __forceinline__ void put_fragments(uint2 (&query)[PRODUCTS][32], cons
   for (int k = 0; k < LANE_DIMS / 4; k++) {
     const float* x = v + 4 * k;
     query[product + k][4 * r + c] =
-        ONE_TABLE && (KEY_BITS <= 4 || PAIRS) ? make_uint2(pack_half2(x[1], x[0]), pack_half2(x[3], x[2]))
-                                              : make_uint2(pack_half2(x[0], x[1]), pack_half2(x[2], x[3]));
+        SWAPPED ? make_uint2(pack_half2(x[1], x[0]), pack_half2(x[3], x[2]))
+                : make_uint2(pack_half2(x[0], x[1]), pack_half2(x[2], x[3]));
   }
 }
+// Where it puts dim i of row r.
+__device__ __forceinline__ u16* fragment_of(u16* query, int r, int i) {
+  const int part = i / LANE_DIMS, of_part = i % LANE_DIMS;
+  const int product = (part & 1) * (LANE_DIMS / 4) + of_part / 4;
+  return query + 4 * (32 * product + 4 * r + (part >> 1)) + (of_part % 4 ^ SWAPPED);
+}
 
-#if FUSED
+#if FUSED && D == 96
+// Four rows from row `first` of a tile on, rotated and brought to one factor of the scores; a lane has dims
+// lane, lane + 32 and lane + 64 of each, of which a step transforms the first or the last 64.
+__device__ __forceinline__ u32 strided_signs(const u32* signs, int step, int lane) {  // 3 bits, set = negative
+  u32 bits = 0;
+#pragma unroll
+  for (int k = 0; k < 3; k++) bits |= (signs[step * SIGN_WORDS + k] >> lane & 1) << k;
+  return bits;
+}
+__device__ __forceinline__ u64 query_signs(const Args& a, int lane) {
+  u64 early = 0;
+#pragma unroll
+  for (int step = 0; step < EARLY_STEPS; step++)
+    if (step < a.k_steps) early |= (u64)strided_signs(a.k_signs, step, lane) << 3 * step;
+  return early;
+}
+__device__ __forceinline__ void rotate_strided(float (&v)[4][3], u32 signs, bool last, int lane) {
+  const bool low = lane < 16;
+#pragma unroll
+  for (int r = 0; r < 4; r++) {
+    float(&x)[3] = v[r];
+#pragma unroll
+    for (int k = 0; k < 3; k++) x[k] = signs >> k & 1 ? -x[k] : x[k];
+    const float gain = rsqrtf((float)TRANSFORM);
+    const float first = (last ? x[1] : x[0]) * gain, second = (last ? x[2] : x[1]) * gain;
+    float y = first + second, z = first - second;
+#pragma unroll
+    for (int h = 1; h < 32; h *= 2) {
+      const float sign = lane & h ? -1.f : 1.f;
+      y = fmaf(y, sign, __shfl_xor_sync(FULL_WARP, y, h));
+      z = fmaf(z, sign, __shfl_xor_sync(FULL_WARP, z, h));
+    }
+    if (last) x[1] = y, x[2] = z;
+    else x[0] = y, x[1] = z;
+    // Dim i < 48 and dim i + 48 become their sum and difference.
+    float other[3];
+#pragma unroll
+    for (int k = 0; k < 3; k++) other[k] = __shfl_xor_sync(FULL_WARP, low ? x[(k + 2) % 3] : x[(k + 1) % 3], 16);
+#pragma unroll
+    for (int k = 0; k < 3; k++) x[k] = ((k == 0 || k == 1 && low ? x[k] : -x[k]) + other[k]) * 0.70710678118654752f;
+  }
+}
+__device__ __forceinline__ void stage_four(const Args& a, const Segment& segment, const Rows& rows, int kv_head,
+                                           TileRows& to, int first, int lane, u64 early) {
+  const int heads = a.num_kv_heads * a.group;
+  float v[4][3], shift[4] = {};
+#pragma unroll
+  for (int r = 0; r < 4; r++) {
+    const u32 row = (u32)query_row(a, segment, rows, first + r < rows.count ? first + r : 0, kv_head);
+    const i64 at = row / heads * a.q_token_stride + row % heads * a.q_head_stride;
+#pragma unroll
+    for (int k = 0; k < 3; k++) v[r][k] = load_float(a.query, at + (lane + 32 * k) * a.q_dim_stride, a.query_dtype);
+  }
+  if (a.key_offset) {
+    const float* o = offset_of(a, segment.s, kv_head) + lane;
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+      shift[r] = a.offset_factor * warp_sum(fmaf(v[r][0], o[0], fmaf(v[r][1], o[32], v[r][2] * o[64])));
+  }
+#pragma unroll 1
+  for (int step = 0; step < a.k_steps; step++)
+    rotate_strided(v, step < EARLY_STEPS ? (u32)(early >> 3 * step) : strided_signs(a.k_signs, step, lane), step % 2, lane);
+  float largest = 0.f;
+#pragma unroll
+  for (int r = 0; r < 4; r++)
+#pragma unroll
+    for (int k = 0; k < 3; k++) largest = first + r < rows.count ? fmaxf(largest, fabsf(v[r][k])) : largest;
+  const PowerOfTwo up = power_below(warp_max(largest));
+#pragma unroll
+  for (int r = 0; r < 4; r++) {
+#pragma unroll
+    for (int k = 0; k < 3; k++)  // where put_fragments would put it
+      *fragment_of((u16*)to.query[first / 8], (first & 7) + r, lane + 32 * k) =
+          (u16)pack_half2(first + r < rows.count ? up.times(v[r][k]) : 0.f, 0.f);
+    if (lane == 0) to.shifts[first + r] = shift[r];
+  }
+  if (lane == 0) to.factors[first / 4] = a.score_factor / up.first / up.second;
+}
+#elif FUSED
+__device__ __forceinline__ u64 query_signs(const Args& a, int lane) { return early_signs(a.k_signs, a.k_steps, lane & 7); }
 // Four rows from row `first` of a tile on, 8 lanes each, rotated and brought to one factor of the
 // scores, which is returned; `shift` is what the key offset adds to them.
 __device__ __forceinline__ float rotate_rows(const Args& a, const Segment& segment, const Rows& rows, int kv_head, int first,
@@ -174,7 +261,9 @@ __device__ __forceinline__ float stage_rows(const Args& a, const Segment& segmen
 #pragma unroll 1
   for (int first = 4 * share; first < 8 * ROW_TILES; first += 4 * SHARES) {
     if (first < rows.count) {
-#if FUSED
+#if FUSED && D == 96
+      stage_four(a, segment, rows, kv_head, to, first, lane, early);
+#elif FUSED
       float v[LANE_DIMS], shift;
       const float factor = rotate_rows(a, segment, rows, kv_head, first, lane, early, v, shift);
       if ((lane & 7) == 0) to.shifts[first + (lane >> 3)] = shift;
