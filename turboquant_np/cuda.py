@@ -9,7 +9,7 @@ from typing import Any
 from . import _arrays, _backend
 from .quantizer import TurboQuant
 
-__all__ = ["compiled_kernels", "warmup"]
+__all__ = ["compiled_kernels", "release_captured", "warmup"]
 
 
 def warmup(tq: TurboQuant, dtypes: Sequence[Any] = ("float16",)) -> None:
@@ -75,5 +75,29 @@ def compiled_kernels() -> list[str]:
     lines: list[str] = importlib.import_module(
         "turboquant_np.backends.cuda.compile"
     ).compiled_kernels()
-
     return lines
+
+
+def release_captured() -> None:
+    """Give back the memory that steps of attention keep for CUDA graphs they were captured in.
+
+    A graph holds addresses, not arrays, so scratch memory and copies of arguments that a capture
+    saw are kept for the life of the process.  Call this when every graph captured so far is done
+    with: none of them may be launched again.  Waits for the devices; steps captured later are not
+    affected.
+
+    Raises
+    ------
+    RuntimeError
+        If there is no usable GPU; the message says what is missing.
+
+    Examples
+    --------
+    >>> from turboquant_np.cuda import release_captured
+    >>> del graph  # doctest: +SKIP
+    >>> release_captured()  # doctest: +SKIP
+    """
+    backend = _backend.load("cuda")
+    if reason := backend.why_unavailable():
+        raise RuntimeError(f"backend 'cuda' is not available: {reason}")
+    importlib.import_module("turboquant_np.backends.cuda.attention").release_captured()

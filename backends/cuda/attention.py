@@ -22,7 +22,7 @@ from .attention_arguments import (
 from .attention_constants import constants_of
 from .attention_launches import FullPages, launches, shapes_of
 from .attention_plan import make_plan
-from .attention_scratch import barrier_of, captured, scratch_of
+from .attention_scratch import barrier_of, buffers, captured, scratch_of
 from .device import on_device
 
 PLAN_ALIGNMENT = 16  # no plan asks for more
@@ -71,6 +71,17 @@ def prepare(
 
     step = _step(key_spec, value_spec, batch, None)
     return _bind(step, batch, None, cupy.cuda.get_current_stream())
+
+
+def release_captured() -> None:
+    """Let go of what captured steps may read or write, when their launches have ended."""
+    import cupy
+
+    with _launching:
+        for device in {device for device, _ in buffers}:
+            with on_device(device):
+                cupy.cuda.runtime.deviceSynchronize()
+        captured.clear()
 
 
 MOST_STEPS = 256  # remembered for a quantiser of keys
@@ -183,6 +194,6 @@ def _compile(
 @cache
 def _function(module: Any, name: str, shared_bytes: int) -> Any:
     function = module.get_function(name)
-    if shared_bytes:
+    if shared_bytes > function.max_dynamic_shared_size_bytes:  # another launch may need more
         function.max_dynamic_shared_size_bytes = shared_bytes
     return function.kernel  # which can be launched cooperatively

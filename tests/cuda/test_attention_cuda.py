@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
 import pytest
 
 from turboquant_np import TurboQuant
+from turboquant_np.cuda import release_captured
 from turboquant_np.fused_attention import TQPagedAttention, merge_attention
 
 cupy: Any = pytest.importorskip("cupy")
+captured: Any = importlib.import_module("turboquant_np.backends.cuda.attention_scratch").captured
 
 BLOCK_SIZE = 16
 LENS = [0, 1, 37, 300, 555]
@@ -185,3 +188,25 @@ def test_large_and_small_values_do_not_leave_float16() -> None:
         results.append(attend(query, *map(on_device, (*scaled, tables, lens))).get() / scale)
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[2], results[1])
+
+
+def test_memory_of_captured_steps_is_given_back() -> None:
+    cache, tables, lens = pages((4, 4), 128, head_major=True)
+    attend = TQPagedAttention(quantizers((4, 4), 128, "cuda")[0], GROUP * KV_HEADS)
+    rng = np.random.default_rng(12)
+    query = cupy.asarray(rng.standard_normal((len(LENS), GROUP * KV_HEADS, 128), np.float32))
+    arguments = [query, *map(on_device, (*cache, tables, lens))]
+    out = cupy.empty_like(query)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        want = attend(*arguments, out=out).get()
+        for _ in range(2):  # the second graph is captured behind the release of the first
+            stream.begin_capture()
+            attend(*arguments, out=out)
+            graph = stream.end_capture()
+            out[...] = np.nan
+            graph.launch(stream)
+            assert out.get().tobytes() == want.tobytes()
+            assert captured
+            del graph
+            release_captured()
+            assert not captured

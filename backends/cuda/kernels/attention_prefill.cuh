@@ -157,20 +157,18 @@ __device__ __forceinline__ void dequantise(const Args& a, const Share& share, u3
 #pragma unroll
     for (int i = 0; i < 2 * BATCH; i++) blocks[i] = table[(i64)(clamp(u * TILE_TOKENS + first + 8 * i) / BLOCK_SIZE) * a.table_step];
   };
-  auto load = [&](auto& codes, const u8* base, i64 block_stride, i64 token_stride, int u, const int (&blocks)[2 * BATCH], int half) {
-#pragma unroll
-    for (int i = 0; i < BATCH; i++) {
-      const int t = clamp(u * TILE_TOKENS + first + 8 * (half * BATCH + i)) % BLOCK_SIZE;
-      codes.load(i, base + blocks[half * BATCH + i] * block_stride + t * token_stride);
-    }
-  };
   Codes<KEY_BITS, K_ALIGN> k[2];
   Codes<VALUE_BITS, V_ALIGN> v[2];
+  auto place_in_block = [&](int u, int i) { return clamp(u * TILE_TOKENS + first + 8 * i) % BLOCK_SIZE; };
   auto load_keys = [&](int u, const int (&blocks)[2 * BATCH], int half) {
-    load(k[half], keys, a.k_block_stride, a.k_token_stride, u, blocks, half);
+#pragma unroll
+    for (int i = half * BATCH; i < (half + 1) * BATCH; i++)
+      k[half].load(i % BATCH, keys + blocks[i] * a.k_block_stride + place_in_block(u, i) * a.k_token_stride);
   };
   auto load_values = [&](int u, const int (&blocks)[2 * BATCH], int half) {
-    load(v[half], values, a.v_block_stride, a.v_token_stride, u, blocks, half);
+#pragma unroll
+    for (int i = half * BATCH; i < (half + 1) * BATCH; i++)
+      v[half].load(i % BATCH, values + blocks[i] * a.v_block_stride + place_in_block(u, i) * a.v_token_stride);
   };
   // Half of the threads have norms of keys, half those of values, one token of a tile each.
   const int side = tid / TILE_TOKENS, own = tid % TILE_TOKENS;
@@ -273,13 +271,6 @@ __device__ __forceinline__ void stage_query(const Args& a, const Share& share, u
   }
 }
 
-struct Yes {
-  static constexpr bool value = true;
-};
-struct No {
-  static constexpr bool value = false;
-};
-
 __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 smem, int group, int thread, float factor) {
   const int lane = thread & 31, warp = thread >> 5, g = lane >> 2, c = lane & 3;
   const u32 query_at = smem + QUERY_AT + group * GROUP_BYTES;
@@ -339,8 +330,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
     // to float16.  The maximum of an earlier tile is tried first, and kept if nothing exceeds 2^15.
     u32 p[TILE_TOKENS / 16][4];
     float more[2];
-    auto weigh = [&](auto scores_lack_norms) {
-      constexpr bool SCALE = decltype(scores_lack_norms)::value;
+    auto weigh = [&](bool scores_lack_norms) {
       u32 largest[2] = {0, 0};
       uint4 ahead = ring128(norms);
 #pragma unroll
@@ -351,8 +341,8 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           const float y0 = x[4 * j + 2 * e], y1 = x[4 * j + 2 * e + 1];
-          const float w0 = exp2_approx(SCALE ? fmaf(y0, __uint_as_float(n.x), -top[e]) : y0 - top[e]);
-          const float w1 = exp2_approx(SCALE ? fmaf(y1, __uint_as_float(n.y), -top[e]) : y1 - top[e]);
+          const float w0 = exp2_approx(scores_lack_norms ? fmaf(y0, __uint_as_float(n.x), -top[e]) : y0 - top[e]);
+          const float w1 = exp2_approx(scores_lack_norms ? fmaf(y1, __uint_as_float(n.y), -top[e]) : y1 - top[e]);
           more[e] = j ? more[e] + (w0 + w1) : w0 + w1;
           const u32 both = pack_half2(w0 * weight[0], w1 * weight[1]);
           p[j / 2][j % 2 * 2 + e] = both;
@@ -364,7 +354,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
     };
     const int first_token = u * TILE_TOKENS;
     const bool masked = first_token + TILE_TOKENS - 1 > share.rows.all_high || first_token < share.rows.all_low;
-    if (masked || capped || __any_sync(FULL_WARP, weigh(Yes()))) {
+    if (masked || capped || __any_sync(FULL_WARP, weigh(true))) {
       float most[2] = {__uint_as_float(0xff800000u), __uint_as_float(0xff800000u)}, norm = 0.f;
 #pragma unroll
       for (int j = 0; j < TILE_TOKENS / 8; j++) {
@@ -407,7 +397,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
 #pragma unroll
           for (int i = 0; i < SUMS; i += 4) o[b][i + 2 * e] *= down * change, o[b][i + 2 * e + 1] *= down * change;
       }
-      weigh(No());
+      weigh(false);
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(prefill_barrier(smem, KEY_EMPTY, stage));
