@@ -79,12 +79,12 @@ class ValueTile:
 
     def __init__(self, s: Simd, dim: int, address: Value) -> None:
         self.s, self.address, self.count = s, address, registers_of(dim, s.width)
-        self.chore: Chore = lambda token: None
+        self.chore: Chore = lambda: None
 
     def write(self, values: Values) -> None:
         s = self.s
         with s.loop(TILE) as token:
-            values.chore(token)
+            values.chore()
             row = self._row(token)
             for k, register in enumerate(values.registers(token, range(self.count))):
                 s.store(register, row, 4 * s.width * k)
@@ -191,7 +191,7 @@ def add_products(
         for i in range(2):
             t = s.at(s.times(pair, 2), tokens.start + i)
             if i in chores:
-                values.chore(t)
+                values.chore()
             value = values.registers(t, part)
             for r in range(rows):
                 w = s.splat(s.load(F32, s.at(weights, s.times(t, 4)), 4 * pitch * r))

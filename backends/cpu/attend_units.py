@@ -15,6 +15,7 @@ from typing import NamedTuple
 from llvmlite import ir
 from numba.core import cgutils
 
+from .ahead import Ahead, begin_ahead
 from .attend import (
     Keys,
     KeyTile,
@@ -52,7 +53,6 @@ class Place(NamedTuple):
     states: Value
     outputs: Value
     here: Value  # offsets of the tile's tokens
-    ahead: Value  # and of the next one's
 
 
 AttendHead = Callable[[Simd, Plan, Arguments, Place], None]
@@ -105,6 +105,8 @@ def attend_unit(
         coming = b.select(leave, coming_run.unit["start"], s.at(first, TILE))
         other_heads = b.sub(coming_run.first_head, run.first_head)
         _locate(s, call, coming_run.unit, coming, other_heads, ahead)
+        coming_heads = b.sub(coming_run.stop_head, coming_run.first_head)
+        begin_ahead(s, call, scratch.cursors, ahead, run.first_head, coming_heads)
         with s.loop(heads) as i:
             h = b.add(run.first_head, i)
             done = b.mul(h, rows)
@@ -112,7 +114,7 @@ def attend_unit(
             output = s.at(outputs, s.times(done, pitch))
             row = b.add(b.mul(h, call["rows"]), unit["row"])
             query = s.at(call["rotated"], s.times(row, pitch))
-            head(s, plan, a, Place(unit, h, first, query, state, output, here, ahead))
+            head(s, plan, a, Place(unit, h, first, query, state, output, here))
 
 
 def attend_head(s: Simd, plan: Plan, a: Arguments, place: Place) -> None:
@@ -121,7 +123,7 @@ def attend_head(s: Simd, plan: Plan, a: Arguments, place: Place) -> None:
     scratch = Scratch(s, plan, a.scratch)
     # The norms come first, so that their stores are done when vectors of them are loaded.
     s.outlined("norms", gather_norms, a.source, h, here, scratch.norms)
-    where = (a.source, h, here, place.ahead, a.scratch)
+    where = (a.source, h, here, a.scratch)
     s.outlined("windows", partial(_write_windows, plan), *where)
     few = s.b.icmp_signed("<=", rows, s.int64(most_rows_looked_up(s, plan)))
     scores = (a.scratch, rows, place.query)
@@ -176,7 +178,6 @@ def _write_windows(
     call_address: Value,
     head: Value,
     here: Value,
-    ahead: Value,
     scratch: Value,
 ) -> None:
     """Windows of one head of the tile's keys."""
@@ -189,12 +190,14 @@ def _write_windows(
 
 
 def _scores(plan: Plan, s: Simd, scratch: Value, rows: Value, query: Value, *where: Value) -> None:
-    _score_rows(plan, s, _keys(plan, s, *where), scratch, rows, query)
+    with _keys(plan, s, *where) as keys:
+        _score_rows(plan, s, keys, scratch, rows, query)
 
 
 def _write_key_tile(plan: Plan, s: Simd, *where: Value) -> None:
     scratch = where[-1]
-    KeyTile(s, plan.dim, Scratch(s, plan, scratch).tile).write(_keys(plan, s, *where))
+    with _keys(plan, s, *where) as keys:
+        KeyTile(s, plan.dim, Scratch(s, plan, scratch).tile).write(keys)
 
 
 def _scores_of_tile(plan: Plan, s: Simd, scratch: Value, rows: Value, query: Value) -> None:
@@ -222,13 +225,14 @@ def _outputs(
     outputs: Value,
     *where: Value,
 ) -> None:
-    _weigh_rows(plan, s, _values(plan, s, *where), scratch, rows, states, outputs)
+    with _values(plan, s, *where) as values:
+        _weigh_rows(plan, s, values, scratch, rows, states, outputs)
 
 
 def _write_value_tile(plan: Plan, s: Simd, *where: Value) -> None:
     scratch = where[-1]
-    values = _values(plan, s, *where)
-    ValueTile(s, plan.dim, Scratch(s, plan, scratch).tile).write(values)
+    with _values(plan, s, *where) as values:
+        ValueTile(s, plan.dim, Scratch(s, plan, scratch).tile).write(values)
 
 
 def _outputs_of_tile(
@@ -259,6 +263,7 @@ def _weigh_rows(
     in_blocks_of_rows(s, rows, block)
 
 
+@contextmanager
 def _keys(
     plan: Plan,
     s: Simd,
@@ -266,19 +271,17 @@ def _keys(
     call_address: Value,
     head: Value,
     here: Value,
-    ahead: Value,
     scratch: Value,
-) -> LookedUpKeys:
+) -> Iterator[LookedUpKeys]:
     """Keys of the tile; besides, those of the next tile are fetched nearer."""
-    coming = places_of(s, "key_codes", call_address, head, ahead)
-
-    def chore(token: Value) -> None:
-        s.prefetch(coming(token), packed_bytes(plan.dim, plan.bits), level=2)
-
-    windows = KeyWindows(s, plan.bits, plan.dim, Scratch(s, plan, scratch).windows)
-    return LookedUpKeys(windows, values_table(s, tables, plan.bits), chore)
+    memory = Scratch(s, plan, scratch)
+    coming = Ahead(s, "key", packed_bytes(plan.dim, plan.bits), call_address, memory.cursors)
+    windows = KeyWindows(s, plan.bits, plan.dim, memory.windows)
+    yield LookedUpKeys(windows, values_table(s, tables, plan.bits), coming.step)
+    coming.finish()
 
 
+@contextmanager
 def _values(
     plan: Plan,
     s: Simd,
@@ -286,19 +289,15 @@ def _values(
     call_address: Value,
     head: Value,
     here: Value,
-    ahead: Value,
     scratch: Value,
-) -> PackedValues:
+) -> Iterator[PackedValues]:
     """Values of the tile; besides, those of the next tile are fetched nearer."""
-    packed, coming = (
-        places_of(s, "value_codes", call_address, head, tokens) for tokens in (here, ahead)
-    )
-
-    def chore(token: Value) -> None:
-        s.prefetch(coming(token), packed_bytes(plan.dim, plan.value_bits), level=2)
-
+    size, cursors = packed_bytes(plan.dim, plan.value_bits), Scratch(s, plan, scratch).cursors
+    coming = Ahead(s, "value", size, call_address, cursors)
+    packed = places_of(s, "value_codes", call_address, head, here)
     table = values_table(s, tables, plan.value_bits)
-    return PackedValues(s, plan.value_bits, plan.dim, packed, table, chore)
+    yield PackedValues(s, plan.value_bits, plan.dim, packed, table, coming.step)
+    coming.finish()
 
 
 def places_of(s: Simd, name: str, call_address: Value, head: Value, offsets: Value) -> Address:

@@ -19,7 +19,7 @@ REGISTERS_AT_ONCE = 4  # of tokens of a key's coordinate, or of coordinates of a
 
 Body = Callable[[Value, list[Register]], None]
 Address = Callable[[Value], Value]
-Chore = Callable[[Value], None]
+Chore = Callable[[], None]
 
 
 class LaneGroup(NamedTuple):
@@ -170,8 +170,8 @@ class LookedUpKeys:
                 first = s.at(s.times(lane, group.codes), group.start)
                 for k in range(group.codes):
                     turn = slice(*(len(chores) * n // group.codes for n in (k, k + 1)))
-                    for register in chores[turn]:
-                        self.chore(s.at(s.times(s.at(tokens, register), s.width), lane))
+                    for _ in chores[turn]:
+                        self.chore()
                     codes = [
                         w.codes(group, k, s.at(here, 4 * s.width * t))
                         for t in range(REGISTERS_AT_ONCE)
@@ -203,7 +203,7 @@ class PackedValues:
         dim: int,
         packed: Address,
         table: Table,
-        chore: Chore = lambda token: None,
+        chore: Chore = lambda: None,
     ) -> None:
         self.s, self.bits, self.dim = s, bits, dim
         self.packed, self.table, self.chore = packed, table, chore
