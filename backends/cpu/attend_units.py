@@ -27,6 +27,7 @@ from .attend import (
     scores_block,
 )
 from .attend_call import CALL, OFFSETS, UNIT, Fields, Scratch, row_bytes, row_registers
+from .byte_planes import ByteValues, KeyBytes, in_planes
 from .kernels import Arguments, Plan
 from .packing import packed_bytes
 from .quantize import values_table
@@ -186,7 +187,11 @@ def _write_windows(
     def rows(i: Value) -> list[Value]:
         return [packed(s.at(s.times(i, s.width), j)) for j in range(s.width)]
 
-    KeyWindows(s, plan.bits, plan.dim, Scratch(s, plan, scratch).windows).write(rows)
+    windows = Scratch(s, plan, scratch).windows
+    if in_planes(s.target, plan.dim, plan.bits):
+        KeyBytes(s, plan.dim, windows).write(rows)
+    else:
+        KeyWindows(s, plan.bits, plan.dim, windows).write(rows)
 
 
 def _scores(plan: Plan, s: Simd, scratch: Value, rows: Value, query: Value, *where: Value) -> None:
@@ -272,12 +277,15 @@ def _keys(
     head: Value,
     here: Value,
     scratch: Value,
-) -> Iterator[LookedUpKeys]:
+) -> Iterator[Keys]:
     """Keys of the tile; besides, those of the next tile are fetched nearer."""
     memory = Scratch(s, plan, scratch)
     coming = Ahead(s, "key", packed_bytes(plan.dim, plan.bits), call_address, memory.cursors)
-    windows = KeyWindows(s, plan.bits, plan.dim, memory.windows)
-    yield LookedUpKeys(windows, values_table(s, tables, plan.bits), coming.step)
+    if in_planes(s.target, plan.dim, plan.bits):
+        yield KeyBytes(s, plan.dim, memory.windows, coming.step)
+    else:
+        windows = KeyWindows(s, plan.bits, plan.dim, memory.windows)
+        yield LookedUpKeys(windows, values_table(s, tables, plan.bits), coming.step)
     coming.finish()
 
 
@@ -290,13 +298,16 @@ def _values(
     head: Value,
     here: Value,
     scratch: Value,
-) -> Iterator[PackedValues]:
+) -> Iterator[Values]:
     """Values of the tile; besides, those of the next tile are fetched nearer."""
     size, cursors = packed_bytes(plan.dim, plan.value_bits), Scratch(s, plan, scratch).cursors
     coming = Ahead(s, "value", size, call_address, cursors)
     packed = places_of(s, "value_codes", call_address, head, here)
-    table = values_table(s, tables, plan.value_bits)
-    yield PackedValues(s, plan.value_bits, plan.dim, packed, table, coming.step)
+    if in_planes(s.target, plan.dim, plan.value_bits):
+        yield ByteValues(s, plan.dim, packed, coming.step)
+    else:
+        table = values_table(s, tables, plan.value_bits)
+        yield PackedValues(s, plan.value_bits, plan.dim, packed, table, coming.step)
     coming.finish()
 
 
