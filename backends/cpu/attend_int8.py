@@ -42,6 +42,7 @@ from .simd import F32, I32, Simd, Value
 from .tile import TILE, Address
 
 SUMS_AT_ONCE = 16  # registers of products
+STEPS = TILE // 4  # of fetching ahead, for a head; for keys, half of them with the transposition
 
 
 def attend_head_int8(s: Simd, plan: Plan, a: Arguments, place: Place) -> None:
@@ -75,8 +76,12 @@ def _write_columns(
 ) -> None:
     """Dwords of fields of the tile's keys, those of 16 tokens side by side."""
     packed = places_of(s, "key_codes", call_address, head, here)
-    columns = Scratch(s, plan, scratch).tile
+    memory = Scratch(s, plan, scratch)
+    size, columns = packed_bytes(plan.dim, plan.bits), memory.tile
+    coming = Ahead(s, "key", size, call_address, memory.cursors)
     with s.loop(TILE // LANES) as i:
+        for _ in range(STEPS // 2 // (TILE // LANES)):
+            coming.step_in_each_quarter()
         target = s.at(columns, s.times(i, 4 * LANES))
         tokens = [s.at(s.times(i, LANES), j) for j in range(LANES)]
         addresses = [packed(token) for token in tokens]
@@ -89,6 +94,7 @@ def _write_columns(
             columns_of = transpose_blocks(s, [s.b.bitcast(x, s.ints) for x in registers])
             for dword, column in enumerate(columns_of):
                 s.store(column, target, 4 * TILE * (chunk.start // 4 + dword))
+    coming.finish()
 
 
 def _scores(
@@ -120,17 +126,20 @@ def _scores(
             ]
             for r in range(count)
         ]
-        with s.loop(dwords) as dword:
-            for _ in range(-(-TILE // (4 * dwords))):
+        together = 2 - dwords % 2
+        with s.loop(dwords // together) as turn:
+            for _ in range(-(-STEPS // 2 * together // dwords)):
                 coming.step_in_each_quarter()
-            column = s.at(columns, s.times(dword, 4 * TILE))
-            at = s.at(queries, s.times(dword, 4 * len(codes)))
-            centroids = [tables(s.load(BYTES, column, REGISTER * t), codes) for t in registers]
-            for code in codes:
-                for r in range(count):
-                    q = s.splat(s.load(I32, at, pitch * r + 4 * code))
-                    for t in registers:
-                        add_products(s, sums[r][t], centroids[t][code], q)
+            for part in range(together):
+                dword = s.at(s.times(turn, together), part)
+                column = s.at(columns, s.times(dword, 4 * TILE))
+                at = s.at(queries, s.times(dword, 4 * len(codes)))
+                centroids = [tables(s.load(BYTES, column, REGISTER * t), codes) for t in registers]
+                for code in codes:
+                    for r in range(count):
+                        q = s.splat(s.load(I32, at, pitch * r + 4 * code))
+                        for t in registers:
+                            add_products(s, sums[r][t], centroids[t][code], q)
         for r in range(count):
             target = scores[s.at(row, r)]
             for t in registers:
@@ -159,10 +168,17 @@ def _outputs(
     def block(row: Value, count: int) -> None:
         at = s.at(outputs, s.times(row, pitch))
         weights, place = scores[row], 0
-        for chunk in chunks(plan.dim, plan.value_bits):
-            for parts, codes in _portions(plan, chunk, count):
-                _add_values(s, plan, chunk, parts, codes, packed, coming, weights, count, at, place)
-            place += chunk.size // LANES * len(places(plan.value_bits))
+        portions = [
+            (chunk, parts, codes)
+            for chunk in chunks(plan.dim, plan.value_bits)
+            for parts, codes in _portions(plan, chunk, count)
+        ]
+        for number, (chunk, parts, codes) in enumerate(portions):
+            place = chunk.start // LANES * len(places(plan.value_bits))
+            chores = range(number, 4, min(4, len(portions)))  # the first ones share them
+            _add_values(
+                s, plan, chunk, parts, codes, packed, coming, chores, weights, count, at, place
+            )
 
     in_blocks_of_rows(s, rows, block)
     coming.finish()
@@ -189,6 +205,7 @@ def _add_values(
     codes: range,
     packed: Address,
     coming: Ahead,
+    chores: range,
     weights: Value,
     rows: int,
     outputs: Value,
@@ -207,9 +224,8 @@ def _add_values(
         dwords = s.at(weights, s.at(s.times(turn, 16), Rows.WEIGHTS))
         for quad in range(0, 4, together):
             quads = range(quad, quad + together)
-            if chunk.start == parts.start == codes.start == 0:
-                for _ in quads:
-                    coming.step_in_each_quarter()
+            for _ in set(quads) & set(chores):
+                coming.step_in_each_quarter()
             w = [
                 [s.splat(s.load(I32, dwords, SCORE_BYTES * r + 4 * q)) for q in quads]
                 for r in range(rows)
