@@ -20,11 +20,12 @@ from turboquant_np.codebook import unit_variance_centroids
 
 from .int8_registers import BYTES, transpose_blocks
 from .simd import I8, Register, Simd, Target, Value, vector
-from .tile import REGISTERS_AT_ONCE, TILE, Address, Body, Chore, KeyWindows
+from .tile import TILE, Address, Body, Chore, KeyWindows
 
 BITS = 8
 AT_ONCE = 64  # codes
-LANES = AT_ONCE // REGISTERS_AT_ONCE
+REGISTERS = 4  # of their centroids
+LANES = AT_ONCE // REGISTERS
 UNROLLED = 8  # coordinates of keys, a multiple of CODES
 CODES = 4  # of a window
 
@@ -39,7 +40,7 @@ def planes_order(dim: int) -> list[int]:
     return [
         start + LANES * (lane // 4) + 4 * register + lane % 4
         for start in range(0, dim, AT_ONCE)
-        for register in range(REGISTERS_AT_ONCE)
+        for register in range(REGISTERS)
         for lane in range(LANES)
     ]
 
@@ -135,6 +136,6 @@ class ByteValues:
     def registers(self, token: Value, places: range) -> list[Register]:
         """Centroids in some places of a token's row, which are whole groups of registers."""
         packed = self.packed(token)
-        groups = range(places.start // REGISTERS_AT_ONCE, places.stop // REGISTERS_AT_ONCE)
+        groups = range(places.start // REGISTERS, places.stop // REGISTERS)
         codes = [self.s.load(BYTES, packed, AT_ONCE * group) for group in groups]
         return [x for some in codes for x in self.planes(some)]
