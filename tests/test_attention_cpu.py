@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pytest
 
 from turboquant_np import TurboQuant, _backend
-from turboquant_np.backends.cpu.ahead import fetch_level
 from turboquant_np.fused_attention import TQPagedAttention
 
 # (head_dim, key bits, value bits, query heads to a kv head): groups of 1 to 8 rows look centroids
@@ -68,11 +67,6 @@ def test_equals_the_reference(shape: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="x86 names")
-@pytest.mark.parametrize(("cpu", "level"), [("znver5", 1), ("emeraldrapids", 2), ("haswell", 2)])
-def test_level_to_fetch_into(cpu: str, level: int) -> None:
-    assert fetch_level(cpu) == level
-
-
 @pytest.mark.parametrize(("name", "level"), [("haswell", "avx2"), ("nehalem", "generic")])
 def test_other_simd_levels_equal_the_reference(name: str, level: str) -> None:
     environment = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": ""}
