@@ -14,6 +14,7 @@ ahead, call, simd, tile = (
     import_module(f"turboquant_np.backends.cpu.{name}")
     for name in ("ahead", "attend_call", "simd", "tile")
 )
+Simd: Any = simd.Simd
 SIZE, HEAD = 64, 80  # bytes of a vector, and from head to head
 
 
@@ -22,7 +23,7 @@ def test_level_to_fetch_into(cpu: str, level: int) -> None:
     assert ahead.fetch_level(cpu) == level
 
 
-class Recorder(simd.Simd):  # type: ignore[misc]
+class Recorder(Simd):  # type: ignore[misc]
     """Writes down addresses instead of fetching them: their number, then each."""
 
     log: Any = None
@@ -54,7 +55,7 @@ def visit(in_each_quarter: bool) -> Any:
 
         return types.int64(*[types.int64] * 6), codegen
 
-    @njit  # type: ignore[untyped-decorator]
+    @njit
     def run(fields, cursors, offsets, first, heads, log):  # type: ignore[no-untyped-def]
         return body(fields, cursors, offsets, first, heads, log)
 
