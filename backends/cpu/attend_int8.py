@@ -16,7 +16,7 @@ from functools import partial
 from .ahead import Ahead
 from .attend import in_blocks_of_rows
 from .attend_call import SCORE_BYTES, Scratch, row_bytes
-from .attend_units import Place, gather_norms, places_of
+from .attend_units import Place
 from .int8_layout import (
     OFFSET,
     REGISTER,
@@ -40,6 +40,7 @@ from .kernels import Arguments, Plan
 from .packing import packed_bytes
 from .simd import F32, I32, Simd, Value
 from .tile import TILE, Address
+from .tile_places import gather_norms, places_of
 
 SUMS_AT_ONCE = 16  # registers of products
 STEPS = TILE // 4  # of fetching ahead, for a head; for keys, half of them with the transposition

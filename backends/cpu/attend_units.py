@@ -31,9 +31,10 @@ from .byte_planes import ByteValues, KeyBytes, in_planes
 from .kernels import Arguments, Plan
 from .packing import packed_bytes
 from .quantize import values_table
-from .simd import CACHE_LINE, F32, I32, I64, Simd, Value
+from .simd import F32, I32, I64, Simd, Value
 from .softmax import State, Tile, Visible, softmax_row, state_floats
-from .tile import TILE, Address, KeyWindows, LookedUpKeys, PackedValues
+from .tile import TILE, KeyWindows, LookedUpKeys, PackedValues
+from .tile_places import gather_norms, locate, places_of
 
 
 class Run(NamedTuple):
@@ -90,7 +91,7 @@ def attend_unit(
         for k in range(row_registers(plan, s.width)):
             s.store(s.const_f(0.0), row, 4 * s.width * k)
     tiles = b.udiv(b.add(b.sub(stop, start), s.int64(TILE - 1)), s.int64(TILE))
-    _locate(s, call, unit, start, s.int64(0), scratch.offsets)
+    locate(s, call, unit, start, s.int64(0), scratch.offsets)
     following = cgutils.alloca_once(b, I64)
     b.store(task, following)
     with s.loop(tiles) as i:
@@ -105,7 +106,7 @@ def attend_unit(
         coming_run = _run(s, call, b.load(following))
         coming = b.select(leave, coming_run.unit["start"], s.at(first, TILE))
         other_heads = b.sub(coming_run.first_head, run.first_head)
-        _locate(s, call, coming_run.unit, coming, other_heads, ahead)
+        locate(s, call, coming_run.unit, coming, other_heads, ahead)
         coming_heads = b.sub(coming_run.stop_head, coming_run.first_head)
         begin_ahead(s, call, scratch.cursors, ahead, run.first_head, coming_heads)
         with s.loop(heads) as i:
@@ -163,14 +164,6 @@ def most_rows_looked_up(s: Simd, plan: Plan) -> int:
     in_one_step = {"avx512": 32, "avx2": 8, "generic": 0}[s.target.level]
     cheap = max(1 << plan.bits, 1 << plan.value_bits) <= in_one_step
     return rows_at_once(s) * (2 if cheap else 1)
-
-
-def gather_norms(s: Simd, call_address: Value, head: Value, here: Value, norms: Value) -> None:
-    """Norms of the tile's tokens side by side: [2 (keys, values), TILE]."""
-    places = [places_of(s, f"{side}_norms", call_address, head, here) for side in ("key", "value")]
-    with s.loop(TILE) as token:
-        for i, place in enumerate(places):
-            s.store(s.load(F32, place(token)), norms, s.at(s.times(token, 4), 4 * TILE * i))
 
 
 def _write_windows(
@@ -309,50 +302,6 @@ def _values(
         table = values_table(s, tables, plan.value_bits)
         yield PackedValues(s, plan.value_bits, plan.dim, packed, table, coming.step)
     coming.finish()
-
-
-def places_of(s: Simd, name: str, call_address: Value, head: Value, offsets: Value) -> Address:
-    """Where one head of a tile's tokens lies in an array."""
-    call = Fields(s, call_address, CALL)
-    stride = name.replace("_codes", "").replace("_norms", "_norm")
-    base = s.at(call[name], s.b.mul(head, call[f"{stride}_head"]))
-    column = 8 * TILE * OFFSETS.index(name)
-    return lambda token: s.at(base, s.load(I64, offsets, s.at(s.times(token, 8), column)))
-
-
-def _locate(
-    s: Simd, call: Fields, unit: Fields, first: Value, heads: Value, offsets: Value
-) -> None:
-    """Byte offsets of TILE tokens from `first` on; behind the last token, the last one again.
-
-    heads : offsets are those of a head so much further on
-
-    The norms there, of the first heads at least, are fetched into the cache: they are few.
-    """
-    b = s.b
-    block_size, final = call["block_size"], b.sub(unit["stop"], s.int64(1))
-    start = b.select(b.icmp_signed("<", first, final), first, final)
-    strides = [name.replace("_codes", "").replace("_norms", "_norm") for name in OFFSETS]
-    by_block = [call[f"{stride}_block"] for stride in strides]
-    by_token = [call[f"{stride}_token"] for stride in strides]
-    skips = [b.mul(heads, call[f"{stride}_head"]) for stride in strides]
-    table = s.at(call["blocks"], b.mul(unit["seq"], call["blocks_pitch"]))
-    page, slot = cgutils.alloca_once(b, I64), cgutils.alloca_once(b, I64)
-    b.store(b.udiv(start, block_size), page)
-    b.store(b.urem(start, block_size), slot)
-    with s.loop(TILE) as j:
-        block = s.load(I64, table, s.times(b.load(page), 8))
-        for i, name in enumerate(OFFSETS):
-            offset = b.add(b.mul(block, by_block[i]), b.mul(b.load(slot), by_token[i]))
-            offset = b.add(offset, skips[i])
-            s.store(offset, offsets, s.at(s.times(j, 8), 8 * TILE * i))
-            if name.endswith("norms"):
-                s.prefetch(s.at(call[name], offset), CACHE_LINE)
-        more = b.zext(b.icmp_signed("<", b.add(first, j), final), I64)
-        following = b.add(b.load(slot), more)
-        turned = b.icmp_signed("==", following, block_size)
-        b.store(b.select(turned, s.int64(0), following), slot)
-        b.store(b.add(b.load(page), b.zext(turned, I64)), page)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ BITS = 8
 AT_ONCE = 64  # codes
 REGISTERS = 4  # of their centroids
 LANES = AT_ONCE // REGISTERS
-UNROLLED = 8  # coordinates of keys, a multiple of CODES
+UNROLLED = 8  # coordinates of keys
 CODES = 4  # of a window
 
 
