@@ -19,10 +19,11 @@ from turboquant_np import TurboQuant, _backend
 from turboquant_np.fused_attention import TQPagedAttention
 
 # (head_dim, key bits, value bits, query heads to a kv head): groups of 1 to 8 rows look centroids
-# up where they are used, 3 and 7 in several steps; more rows, or wide codes, go through a tile
+# up where they are used, 3 and 7 in several steps; more rows, or wide codes, go through a tile;
+# 8 bits have a way of their own where 64 divides head_dim
 SHAPES = [
     (64, 4, 4, 4), (128, 4, 3, 8), (96, 3, 4, 3), (80, 4, 2, 7), (33, 5, 6, 9), (128, 2, 8, 1),
-    (40, 8, 1, 20), (128, 4, 4, 2),
+    (40, 8, 1, 20), (128, 4, 4, 2), (128, 8, 8, 4), (64, 8, 8, 17), (192, 8, 3, 3),
 ]  # fmt: skip
 
 

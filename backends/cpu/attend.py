@@ -1,8 +1,8 @@
 """The two products of attention over a tile of tokens: queries by keys, weights by values.
 
 Each row of queries, weights and outputs belongs to one query head of one query token.  Sums stay in
-registers for a block of (width / 4) rows and REGISTERS_AT_ONCE registers: of tokens for scores, of
-coordinates for outputs.  For a block or two of rows, centroids go from the look-up into the sums;
+registers for a block of some rows and some registers: of tokens for scores, of coordinates for
+outputs.  For a block or two of rows, centroids go from the look-up into the sums;
 for more rows the tile's centroids are written to memory once.
 """
 
@@ -13,7 +13,7 @@ from typing import Protocol
 
 from .simd import F32, Register, Simd, Value
 from .softmax import State, state_floats, variable
-from .tile import REGISTERS_AT_ONCE, TILE, Body, Chore, registers_of
+from .tile import TILE, Body, Chore, registers_at_once, registers_of
 
 UNROLLED = 8  # coordinates of keys in memory
 
@@ -22,7 +22,7 @@ class Keys(Protocol):
     """Keys of a tile of tokens."""
 
     def each_coordinate(self, half: Value, tokens: Value, body: Body) -> None:
-        """body(coordinate, REGISTERS_AT_ONCE registers of it, from the token register on).
+        """body(coordinate, registers_at_once registers of it, from the token register on).
 
         half : 0 or 1, of the coordinates
         """
@@ -46,9 +46,10 @@ class KeyTile:
 
     def write(self, keys: Keys) -> None:
         s = self.s
-        parts = TILE // (s.width * REGISTERS_AT_ONCE)
+        at_once = registers_at_once(s.width)
+        parts = TILE // (s.width * at_once)
         with s.loop(parts) as i, s.loop(2) as half:
-            tokens = s.times(i, REGISTERS_AT_ONCE)
+            tokens = s.times(i, at_once)
 
             def store(coordinate: Value, key: list[Register], tokens: Value = tokens) -> None:
                 here = self._place(coordinate, tokens)
@@ -65,7 +66,7 @@ class KeyTile:
             for k in range(unrolled):
                 coordinate = s.at(s.times(turn, unrolled), k)
                 here = self._place(coordinate, tokens)
-                parts = range(REGISTERS_AT_ONCE)
+                parts = range(registers_at_once(s.width))
                 body(coordinate, [s.load(s.floats, here, 4 * s.width * t) for t in parts])
 
     def _place(self, coordinate: Value, tokens: Value) -> Value:
@@ -79,12 +80,12 @@ class ValueTile:
 
     def __init__(self, s: Simd, dim: int, address: Value) -> None:
         self.s, self.address, self.count = s, address, registers_of(dim, s.width)
-        self.chore: Chore = lambda token: None
+        self.chore: Chore = lambda: None
 
     def write(self, values: Values) -> None:
         s = self.s
         with s.loop(TILE) as token:
-            values.chore(token)
+            values.chore()
             row = self._row(token)
             for k, register in enumerate(values.registers(token, range(self.count))):
                 s.store(register, row, 4 * s.width * k)
@@ -99,7 +100,7 @@ class ValueTile:
 
 def rows_at_once(s: Simd) -> int:
     """Rows of a block."""
-    return max(1, s.width // 4)
+    return {16: 4, 8: 4, 4: 1}[s.width]
 
 
 def in_blocks_of_rows(s: Simd, rows: Value, body: Callable[[Value, int], None]) -> None:
@@ -125,11 +126,10 @@ def scores_block(s: Simd, rows: int, dim: int, keys: Keys, query: Value, scores:
     query : rows of registers_of(dim) registers; scores : rows of TILE floats
     """
     pitch = 4 * s.width * registers_of(dim, s.width)
-    with s.loop(TILE // (s.width * REGISTERS_AT_ONCE)) as i:
-        target = s.at(scores, s.times(i, 4 * s.width * REGISTERS_AT_ONCE))
-        offsets = [
-            4 * TILE * r + 4 * s.width * t for r in range(rows) for t in range(REGISTERS_AT_ONCE)
-        ]
+    at_once = registers_at_once(s.width)
+    with s.loop(TILE // (s.width * at_once)) as i:
+        target = s.at(scores, s.times(i, 4 * s.width * at_once))
+        offsets = [4 * TILE * r + 4 * s.width * t for r in range(rows) for t in range(at_once)]
         for offset in offsets:
             s.store(s.const_f(0.0), target, offset)
         with s.loop(2) as half:
@@ -142,7 +142,7 @@ def scores_block(s: Simd, rows: int, dim: int, keys: Keys, query: Value, scores:
                     for register, cell in zip(key, sums[r * len(key) :], strict=False):
                         s.b.store(s.multiply_add(q, register, s.b.load(cell)), cell)
 
-            keys.each_coordinate(half, s.times(i, REGISTERS_AT_ONCE), add)
+            keys.each_coordinate(half, s.times(i, at_once), add)
             for cell, offset in zip(sums, offsets, strict=True):
                 other = s.load(s.floats, target, offset)
                 s.store(s.b.fadd(s.b.load(cell), other), target, offset)
@@ -154,9 +154,10 @@ def outputs_block(
     """outputs[r] = outputs[r] * decay[r] + sum_t weights[r, t] values[t]."""
     registers = registers_of(dim, s.width)
     pitch = 4 * s.width * registers
-    starts = range(0, registers, REGISTERS_AT_ONCE)
+    at_once = registers_at_once(s.width)
+    starts = range(0, registers, at_once)
     for number, start in enumerate(starts):
-        part = range(start, min(start + REGISTERS_AT_ONCE, registers))
+        part = range(start, min(start + at_once, registers))
         chores = range(number, 2, min(2, len(starts)))  # the first two parts share them
         cells = []
         for r in range(rows):
@@ -191,7 +192,7 @@ def add_products(
         for i in range(2):
             t = s.at(s.times(pair, 2), tokens.start + i)
             if i in chores:
-                values.chore(t)
+                values.chore()
             value = values.registers(t, part)
             for r in range(rows):
                 w = s.splat(s.load(F32, s.at(weights, s.times(t, 4)), 4 * pitch * r))

@@ -44,6 +44,12 @@ UNIT = ("seq", "row", "rows", "start", "stop", "place")
 MERGE = ("place", "chunks", "rows", "row")
 
 OFFSETS = ("key_codes", "key_norms", "value_codes", "value_norms")  # of each token of a tile
+# Where fetching the next tile's packed vectors has come to, on each side: address of the first
+# head's codes without a token's offset; bytes of all heads; addresses of the last offset of a
+# quarter of the tile, and of the next one; which quarter, and bytes of heads, are next.
+SIDES = ("key", "value")
+CURSOR = ("base", "end", "last", "slot", "quarter", "skip")
+CURSORS_BYTES = 128
 ROTATED_ROWS = 16  # by one task
 SCORE_BYTES = 6 * TILE  # at most, of a row and a tile: scores, and their weights if in 8 bits
 
@@ -76,14 +82,14 @@ def row_bytes(s: Simd, plan: Plan) -> int:
 
 @lru_cache(maxsize=64)
 def attend_scratch_bytes(plan: Plan, rows: int, width: int) -> int:
-    """The offsets of two tiles, norms, a tile, windows, scores or rows on their way.
+    """The offsets of two tiles, norms, cursors, a tile, windows, scores or rows on their way.
 
     rows : of any unit, at most
     """
     row = 4 * width * row_registers(plan, width)
     windows = key_windows_bytes(plan.bits, plan.dim, width)
     last = max(SCORE_BYTES * rows, row * max(rows, ROTATED_ROWS))
-    return 2 * 8 * TILE * len(OFFSETS) + 2 * 4 * TILE + row * TILE + windows + last
+    return 2 * 8 * TILE * len(OFFSETS) + 2 * 4 * TILE + CURSORS_BYTES + row * TILE + windows + last
 
 
 class Scratch:
@@ -92,7 +98,8 @@ class Scratch:
     def __init__(self, s: Simd, plan: Plan, base: Value) -> None:
         self.offsets = base  # int64 [2, len(OFFSETS), TILE]
         self.norms = s.at(base, 2 * 8 * TILE * len(OFFSETS))  # float32 [2, TILE]
-        self.tile = s.at(self.norms, 2 * 4 * TILE)
+        self.cursors = s.at(self.norms, 2 * 4 * TILE)  # int64 [len(SIDES), len(CURSOR)]
+        self.tile = s.at(self.cursors, CURSORS_BYTES)
         self.windows = s.at(self.tile, row_bytes(s, plan) * TILE)
         self.scores = s.at(self.windows, key_windows_bytes(plan.bits, plan.dim, s.width))
         self.rows = self.scores  # before and after units: float32 [rows, padded]

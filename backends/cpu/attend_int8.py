@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from numba.core import cgutils
-
+from .ahead import Ahead
 from .attend import in_blocks_of_rows
-from .attend_call import CALL, OFFSETS, SCORE_BYTES, Fields, Scratch, row_bytes
-from .attend_units import Place, gather_norms, places_of
+from .attend_call import SCORE_BYTES, Scratch, row_bytes
+from .attend_units import Place
 from .int8_layout import (
     OFFSET,
     REGISTER,
@@ -39,10 +38,12 @@ from .int8_registers import (
 from .int8_rows import Rows, query_of, softmax_int8
 from .kernels import Arguments, Plan
 from .packing import packed_bytes
-from .simd import F32, I32, I64, Simd, Value
+from .simd import F32, I32, Simd, Value
 from .tile import TILE, Address
+from .tile_places import gather_norms, places_of
 
 SUMS_AT_ONCE = 16  # registers of products
+STEPS = TILE // 4  # of fetching ahead, for a head; for keys, half of them with the transposition
 
 
 def attend_head_int8(s: Simd, plan: Plan, a: Arguments, place: Place) -> None:
@@ -50,7 +51,7 @@ def attend_head_int8(s: Simd, plan: Plan, a: Arguments, place: Place) -> None:
     rows, h, here = place.unit["rows"], place.head, place.here
     scratch = Scratch(s, plan, a.scratch)
     s.outlined("norms", gather_norms, a.source, h, here, scratch.norms)
-    where = (a.source, h, here, place.ahead, a.scratch)
+    where = (a.source, h, here, a.scratch)
     s.outlined("columns", partial(_write_columns, plan), *where)
     s.outlined("scores", partial(_scores, plan), rows, place.query, *where)
     softmax = (place.query, place.states, place.outputs, a.scratch)
@@ -66,61 +67,22 @@ def attend_head_int8(s: Simd, plan: Plan, a: Arguments, place: Place) -> None:
     s.outlined("outputs", partial(_outputs, plan), rows, place.outputs, *where)
 
 
-class Ahead:
-    """Brings packed vectors of the next tile nearer, evenly over the time, in the order of memory.
-
-    Then the processor sees where it goes on and fetches by itself: more lines can be on their way
-    than a program can ask for.  In STEPS steps each head of this tile asks for four heads of a
-    token a step; where their number is no multiple of four, some tokens are left to the processor.
-    """
-
-    STEPS = 16
-    HEADS = TILE // STEPS  # of a token in each step
-
-    def __init__(
-        self, plan: Plan, s: Simd, side: str, call_address: Value, head: Value, ahead: Value
-    ) -> None:
-        b, call = s.b, Fields(s, call_address, CALL)
-        self.s, self.heads = s, call["kv_heads"]
-        self.size = packed_bytes(plan.dim, plan.bits if side == "key" else plan.value_bits)
-        self.base, self.pitch = call[f"{side}_codes"], call[f"{side}_head"]
-        self.offset, self.head = cgutils.alloca_once(b, I64), cgutils.alloca_once(b, I64)
-        per_token = b.udiv(s.at(self.heads, self.HEADS - 1), s.int64(self.HEADS))
-        done = s.times(head, self.STEPS)
-        token = b.udiv(done, per_token)
-        offsets = s.at(ahead, 8 * TILE * OFFSETS.index(f"{side}_codes"))
-        b.store(s.at(offsets, s.times(token, 8)), self.offset)
-        self.last = s.at(offsets, 8 * (TILE - 1))
-        b.store(s.times(b.sub(done, b.mul(token, per_token)), self.HEADS), self.head)
-
-    def step(self) -> None:
-        s, b = self.s, self.s.b
-        offset, head = b.load(self.offset), b.load(self.head)
-        start = s.at(s.at(self.base, s.load(I64, offset)), b.mul(head, self.pitch))
-        for _ in range(self.HEADS):
-            s.prefetch(start, self.size, level=2)
-            start = s.at(start, self.pitch)
-        following = s.at(head, self.HEADS)
-        turned = b.icmp_unsigned(">=", following, self.heads)
-        b.store(b.select(turned, s.int64(0), following), self.head)
-        following = s.at(offset, s.times(b.zext(turned, I64), 8))
-        inside = b.icmp_unsigned("<", following, self.last)
-        b.store(b.select(inside, following, self.last), self.offset)
-
-
 def _write_columns(
     plan: Plan,
     s: Simd,
     call_address: Value,
     head: Value,
     here: Value,
-    ahead: Value,
     scratch: Value,
 ) -> None:
     """Dwords of fields of the tile's keys, those of 16 tokens side by side."""
     packed = places_of(s, "key_codes", call_address, head, here)
-    columns = Scratch(s, plan, scratch).tile
+    memory = Scratch(s, plan, scratch)
+    size, columns = packed_bytes(plan.dim, plan.bits), memory.tile
+    coming = Ahead(s, "key", size, call_address, memory.cursors)
     with s.loop(TILE // LANES) as i:
+        for _ in range(STEPS // 2 // (TILE // LANES)):
+            coming.step_in_each_quarter()
         target = s.at(columns, s.times(i, 4 * LANES))
         tokens = [s.at(s.times(i, LANES), j) for j in range(LANES)]
         addresses = [packed(token) for token in tokens]
@@ -133,6 +95,7 @@ def _write_columns(
             columns_of = transpose_blocks(s, [s.b.bitcast(x, s.ints) for x in registers])
             for dword, column in enumerate(columns_of):
                 s.store(column, target, 4 * TILE * (chunk.start // 4 + dword))
+    coming.finish()
 
 
 def _scores(
@@ -143,12 +106,12 @@ def _scores(
     call_address: Value,
     head: Value,
     here: Value,
-    ahead: Value,
     scratch: Value,
 ) -> None:
     """Sums of products of each row and each key."""
-    coming = Ahead(plan, s, "key", call_address, head, ahead)
-    columns, scores = Scratch(s, plan, scratch).tile, Rows(s, plan, scratch)
+    memory, scores = Scratch(s, plan, scratch), Rows(s, plan, scratch)
+    size = packed_bytes(plan.dim, plan.bits)
+    coming, columns = Ahead(s, "key", size, call_address, memory.cursors), memory.tile
     pitch, shape = row_bytes(s, plan), query_of(plan)
     tables = ByteTables(s, plan.dim, plan.bits, OFFSET)
     codes = range(len(places(plan.bits)))
@@ -164,23 +127,27 @@ def _scores(
             ]
             for r in range(count)
         ]
-        with s.loop(dwords) as dword:
-            for _ in range(Ahead.STEPS // dwords):
-                coming.step()
-            column = s.at(columns, s.times(dword, 4 * TILE))
-            at = s.at(queries, s.times(dword, 4 * len(codes)))
-            centroids = [tables(s.load(BYTES, column, REGISTER * t), codes) for t in registers]
-            for code in codes:
-                for r in range(count):
-                    q = s.splat(s.load(I32, at, pitch * r + 4 * code))
-                    for t in registers:
-                        add_products(s, sums[r][t], centroids[t][code], q)
+        together = 2 - dwords % 2
+        with s.loop(dwords // together) as turn:
+            for _ in range(-(-STEPS // 2 * together // dwords)):
+                coming.step_in_each_quarter()
+            for part in range(together):
+                dword = s.at(s.times(turn, together), part)
+                column = s.at(columns, s.times(dword, 4 * TILE))
+                at = s.at(queries, s.times(dword, 4 * len(codes)))
+                centroids = [tables(s.load(BYTES, column, REGISTER * t), codes) for t in registers]
+                for code in codes:
+                    for r in range(count):
+                        q = s.splat(s.load(I32, at, pitch * r + 4 * code))
+                        for t in registers:
+                            add_products(s, sums[r][t], centroids[t][code], q)
         for r in range(count):
             target = scores[s.at(row, r)]
             for t in registers:
                 s.store(s.b.load(sums[r][t]), target, 4 * LANES * t)
 
     in_blocks_of_rows(s, rows, block)
+    coming.finish()
 
 
 def _outputs(
@@ -191,23 +158,31 @@ def _outputs(
     call_address: Value,
     head: Value,
     here: Value,
-    ahead: Value,
     scratch: Value,
 ) -> None:
     """Add a tile's weighted values to the outputs."""
     packed = places_of(s, "value_codes", call_address, head, here)
-    coming = Ahead(plan, s, "value", call_address, head, ahead)
+    size, cursors = packed_bytes(plan.dim, plan.value_bits), Scratch(s, plan, scratch).cursors
+    coming = Ahead(s, "value", size, call_address, cursors)
     scores, pitch = Rows(s, plan, scratch), row_bytes(s, plan)
 
     def block(row: Value, count: int) -> None:
         at = s.at(outputs, s.times(row, pitch))
         weights, place = scores[row], 0
-        for chunk in chunks(plan.dim, plan.value_bits):
-            for parts, codes in _portions(plan, chunk, count):
-                _add_values(s, plan, chunk, parts, codes, packed, coming, weights, count, at, place)
-            place += chunk.size // LANES * len(places(plan.value_bits))
+        portions = [
+            (chunk, parts, codes)
+            for chunk in chunks(plan.dim, plan.value_bits)
+            for parts, codes in _portions(plan, chunk, count)
+        ]
+        for number, (chunk, parts, codes) in enumerate(portions):
+            place = chunk.start // LANES * len(places(plan.value_bits))
+            chores = range(number, 4, min(4, len(portions)))  # the first ones share them
+            _add_values(
+                s, plan, chunk, parts, codes, packed, coming, chores, weights, count, at, place
+            )
 
     in_blocks_of_rows(s, rows, block)
+    coming.finish()
 
 
 def _portions(plan: Plan, chunk: Chunk, rows: int) -> list[tuple[range, range]]:
@@ -231,6 +206,7 @@ def _add_values(
     codes: range,
     packed: Address,
     coming: Ahead,
+    chores: range,
     weights: Value,
     rows: int,
     outputs: Value,
@@ -249,9 +225,8 @@ def _add_values(
         dwords = s.at(weights, s.at(s.times(turn, 16), Rows.WEIGHTS))
         for quad in range(0, 4, together):
             quads = range(quad, quad + together)
-            if chunk.start == parts.start == codes.start == 0:
-                for _ in quads:
-                    coming.step()
+            for _ in set(quads) & set(chores):
+                coming.step_in_each_quarter()
             w = [
                 [s.splat(s.load(I32, dwords, SCORE_BYTES * r + 4 * q)) for q in quads]
                 for r in range(rows)

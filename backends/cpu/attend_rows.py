@@ -17,7 +17,7 @@ from .int8_rows import round_query
 from .kernels import Arguments, Plan
 from .simd import F32, I32, Register, Simd, Value
 from .softmax import NOTHING, State, across, exp, state_floats, variable
-from .tile import REGISTERS_AT_ONCE
+from .tile import registers_at_once
 
 Store = Callable[[Value, int, Register], None]  # (row, number of the register, the register)
 
@@ -147,8 +147,9 @@ def _times_matrix(
     """Rows that follow each other, times the matrix at an address."""
     registers, pitch = row_registers(plan, s.width), row_bytes(s, plan)
     factor = ValueTile(s, registers * s.width, matrix)
-    for start in range(0, registers, REGISTERS_AT_ONCE):  # a part of the matrix stays in the cache
-        part = range(start, min(start + REGISTERS_AT_ONCE, registers))
+    at_once = registers_at_once(s.width)
+    for start in range(0, registers, at_once):  # a part of the matrix stays in the cache
+        part = range(start, min(start + at_once, registers))
 
         def block(row: Value, count: int, part: range = part) -> None:
             here, size = s.at(source, s.times(row, pitch)), registers * s.width

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from llvmlite import ir
 from numba.core import cgutils
 
+from .ahead import Ahead, begin_ahead
 from .attend import (
     Keys,
     KeyTile,
@@ -26,12 +27,14 @@ from .attend import (
     scores_block,
 )
 from .attend_call import CALL, OFFSETS, UNIT, Fields, Scratch, row_bytes, row_registers
+from .byte_planes import ByteValues, KeyBytes, in_planes
 from .kernels import Arguments, Plan
 from .packing import packed_bytes
 from .quantize import values_table
-from .simd import CACHE_LINE, F32, I32, I64, Simd, Value
+from .simd import F32, I32, I64, Simd, Value
 from .softmax import State, Tile, Visible, softmax_row, state_floats
-from .tile import TILE, Address, KeyWindows, LookedUpKeys, PackedValues
+from .tile import TILE, KeyWindows, LookedUpKeys, PackedValues
+from .tile_places import gather_norms, locate, places_of
 
 
 class Run(NamedTuple):
@@ -52,7 +55,6 @@ class Place(NamedTuple):
     states: Value
     outputs: Value
     here: Value  # offsets of the tile's tokens
-    ahead: Value  # and of the next one's
 
 
 AttendHead = Callable[[Simd, Plan, Arguments, Place], None]
@@ -89,7 +91,7 @@ def attend_unit(
         for k in range(row_registers(plan, s.width)):
             s.store(s.const_f(0.0), row, 4 * s.width * k)
     tiles = b.udiv(b.add(b.sub(stop, start), s.int64(TILE - 1)), s.int64(TILE))
-    _locate(s, call, unit, start, s.int64(0), scratch.offsets)
+    locate(s, call, unit, start, s.int64(0), scratch.offsets)
     following = cgutils.alloca_once(b, I64)
     b.store(task, following)
     with s.loop(tiles) as i:
@@ -104,7 +106,9 @@ def attend_unit(
         coming_run = _run(s, call, b.load(following))
         coming = b.select(leave, coming_run.unit["start"], s.at(first, TILE))
         other_heads = b.sub(coming_run.first_head, run.first_head)
-        _locate(s, call, coming_run.unit, coming, other_heads, ahead)
+        locate(s, call, coming_run.unit, coming, other_heads, ahead)
+        coming_heads = b.sub(coming_run.stop_head, coming_run.first_head)
+        begin_ahead(s, call, scratch.cursors, ahead, run.first_head, coming_heads)
         with s.loop(heads) as i:
             h = b.add(run.first_head, i)
             done = b.mul(h, rows)
@@ -112,7 +116,7 @@ def attend_unit(
             output = s.at(outputs, s.times(done, pitch))
             row = b.add(b.mul(h, call["rows"]), unit["row"])
             query = s.at(call["rotated"], s.times(row, pitch))
-            head(s, plan, a, Place(unit, h, first, query, state, output, here, ahead))
+            head(s, plan, a, Place(unit, h, first, query, state, output, here))
 
 
 def attend_head(s: Simd, plan: Plan, a: Arguments, place: Place) -> None:
@@ -121,7 +125,7 @@ def attend_head(s: Simd, plan: Plan, a: Arguments, place: Place) -> None:
     scratch = Scratch(s, plan, a.scratch)
     # The norms come first, so that their stores are done when vectors of them are loaded.
     s.outlined("norms", gather_norms, a.source, h, here, scratch.norms)
-    where = (a.source, h, here, place.ahead, a.scratch)
+    where = (a.source, h, here, a.scratch)
     s.outlined("windows", partial(_write_windows, plan), *where)
     few = s.b.icmp_signed("<=", rows, s.int64(most_rows_looked_up(s, plan)))
     scores = (a.scratch, rows, place.query)
@@ -162,21 +166,12 @@ def most_rows_looked_up(s: Simd, plan: Plan) -> int:
     return rows_at_once(s) * (2 if cheap else 1)
 
 
-def gather_norms(s: Simd, call_address: Value, head: Value, here: Value, norms: Value) -> None:
-    """Norms of the tile's tokens side by side: [2 (keys, values), TILE]."""
-    places = [places_of(s, f"{side}_norms", call_address, head, here) for side in ("key", "value")]
-    with s.loop(TILE) as token:
-        for i, place in enumerate(places):
-            s.store(s.load(F32, place(token)), norms, s.at(s.times(token, 4), 4 * TILE * i))
-
-
 def _write_windows(
     plan: Plan,
     s: Simd,
     call_address: Value,
     head: Value,
     here: Value,
-    ahead: Value,
     scratch: Value,
 ) -> None:
     """Windows of one head of the tile's keys."""
@@ -185,16 +180,22 @@ def _write_windows(
     def rows(i: Value) -> list[Value]:
         return [packed(s.at(s.times(i, s.width), j)) for j in range(s.width)]
 
-    KeyWindows(s, plan.bits, plan.dim, Scratch(s, plan, scratch).windows).write(rows)
+    windows = Scratch(s, plan, scratch).windows
+    if in_planes(s.target, plan.dim, plan.bits):
+        KeyBytes(s, plan.dim, windows).write(rows)
+    else:
+        KeyWindows(s, plan.bits, plan.dim, windows).write(rows)
 
 
 def _scores(plan: Plan, s: Simd, scratch: Value, rows: Value, query: Value, *where: Value) -> None:
-    _score_rows(plan, s, _keys(plan, s, *where), scratch, rows, query)
+    with _keys(plan, s, *where) as keys:
+        _score_rows(plan, s, keys, scratch, rows, query)
 
 
 def _write_key_tile(plan: Plan, s: Simd, *where: Value) -> None:
     scratch = where[-1]
-    KeyTile(s, plan.dim, Scratch(s, plan, scratch).tile).write(_keys(plan, s, *where))
+    with _keys(plan, s, *where) as keys:
+        KeyTile(s, plan.dim, Scratch(s, plan, scratch).tile).write(keys)
 
 
 def _scores_of_tile(plan: Plan, s: Simd, scratch: Value, rows: Value, query: Value) -> None:
@@ -222,13 +223,14 @@ def _outputs(
     outputs: Value,
     *where: Value,
 ) -> None:
-    _weigh_rows(plan, s, _values(plan, s, *where), scratch, rows, states, outputs)
+    with _values(plan, s, *where) as values:
+        _weigh_rows(plan, s, values, scratch, rows, states, outputs)
 
 
 def _write_value_tile(plan: Plan, s: Simd, *where: Value) -> None:
     scratch = where[-1]
-    values = _values(plan, s, *where)
-    ValueTile(s, plan.dim, Scratch(s, plan, scratch).tile).write(values)
+    with _values(plan, s, *where) as values:
+        ValueTile(s, plan.dim, Scratch(s, plan, scratch).tile).write(values)
 
 
 def _outputs_of_tile(
@@ -259,6 +261,7 @@ def _weigh_rows(
     in_blocks_of_rows(s, rows, block)
 
 
+@contextmanager
 def _keys(
     plan: Plan,
     s: Simd,
@@ -266,19 +269,20 @@ def _keys(
     call_address: Value,
     head: Value,
     here: Value,
-    ahead: Value,
     scratch: Value,
-) -> LookedUpKeys:
+) -> Iterator[Keys]:
     """Keys of the tile; besides, those of the next tile are fetched nearer."""
-    coming = places_of(s, "key_codes", call_address, head, ahead)
+    memory = Scratch(s, plan, scratch)
+    coming = Ahead(s, "key", packed_bytes(plan.dim, plan.bits), call_address, memory.cursors)
+    if in_planes(s.target, plan.dim, plan.bits):
+        yield KeyBytes(s, plan.dim, memory.windows, coming.step)
+    else:
+        windows = KeyWindows(s, plan.bits, plan.dim, memory.windows)
+        yield LookedUpKeys(windows, values_table(s, tables, plan.bits), coming.step)
+    coming.finish()
 
-    def chore(token: Value) -> None:
-        s.prefetch(coming(token), packed_bytes(plan.dim, plan.bits), level=2)
 
-    windows = KeyWindows(s, plan.bits, plan.dim, Scratch(s, plan, scratch).windows)
-    return LookedUpKeys(windows, values_table(s, tables, plan.bits), chore)
-
-
+@contextmanager
 def _values(
     plan: Plan,
     s: Simd,
@@ -286,63 +290,18 @@ def _values(
     call_address: Value,
     head: Value,
     here: Value,
-    ahead: Value,
     scratch: Value,
-) -> PackedValues:
+) -> Iterator[Values]:
     """Values of the tile; besides, those of the next tile are fetched nearer."""
-    packed, coming = (
-        places_of(s, "value_codes", call_address, head, tokens) for tokens in (here, ahead)
-    )
-
-    def chore(token: Value) -> None:
-        s.prefetch(coming(token), packed_bytes(plan.dim, plan.value_bits), level=2)
-
-    table = values_table(s, tables, plan.value_bits)
-    return PackedValues(s, plan.value_bits, plan.dim, packed, table, chore)
-
-
-def places_of(s: Simd, name: str, call_address: Value, head: Value, offsets: Value) -> Address:
-    """Where one head of a tile's tokens lies in an array."""
-    call = Fields(s, call_address, CALL)
-    stride = name.replace("_codes", "").replace("_norms", "_norm")
-    base = s.at(call[name], s.b.mul(head, call[f"{stride}_head"]))
-    column = 8 * TILE * OFFSETS.index(name)
-    return lambda token: s.at(base, s.load(I64, offsets, s.at(s.times(token, 8), column)))
-
-
-def _locate(
-    s: Simd, call: Fields, unit: Fields, first: Value, heads: Value, offsets: Value
-) -> None:
-    """Byte offsets of TILE tokens from `first` on; behind the last token, the last one again.
-
-    heads : offsets are those of a head so much further on
-
-    The norms there, of the first heads at least, are fetched into the cache: they are few.
-    """
-    b = s.b
-    block_size, final = call["block_size"], b.sub(unit["stop"], s.int64(1))
-    start = b.select(b.icmp_signed("<", first, final), first, final)
-    strides = [name.replace("_codes", "").replace("_norms", "_norm") for name in OFFSETS]
-    by_block = [call[f"{stride}_block"] for stride in strides]
-    by_token = [call[f"{stride}_token"] for stride in strides]
-    skips = [b.mul(heads, call[f"{stride}_head"]) for stride in strides]
-    table = s.at(call["blocks"], b.mul(unit["seq"], call["blocks_pitch"]))
-    page, slot = cgutils.alloca_once(b, I64), cgutils.alloca_once(b, I64)
-    b.store(b.udiv(start, block_size), page)
-    b.store(b.urem(start, block_size), slot)
-    with s.loop(TILE) as j:
-        block = s.load(I64, table, s.times(b.load(page), 8))
-        for i, name in enumerate(OFFSETS):
-            offset = b.add(b.mul(block, by_block[i]), b.mul(b.load(slot), by_token[i]))
-            offset = b.add(offset, skips[i])
-            s.store(offset, offsets, s.at(s.times(j, 8), 8 * TILE * i))
-            if name.endswith("norms"):
-                s.prefetch(s.at(call[name], offset), CACHE_LINE)
-        more = b.zext(b.icmp_signed("<", b.add(first, j), final), I64)
-        following = b.add(b.load(slot), more)
-        turned = b.icmp_signed("==", following, block_size)
-        b.store(b.select(turned, s.int64(0), following), slot)
-        b.store(b.add(b.load(page), b.zext(turned, I64)), page)
+    size, cursors = packed_bytes(plan.dim, plan.value_bits), Scratch(s, plan, scratch).cursors
+    coming = Ahead(s, "value", size, call_address, cursors)
+    packed = places_of(s, "value_codes", call_address, head, here)
+    if in_planes(s.target, plan.dim, plan.value_bits):
+        yield ByteValues(s, plan.dim, packed, coming.step)
+    else:
+        table = values_table(s, tables, plan.value_bits)
+        yield PackedValues(s, plan.value_bits, plan.dim, packed, table, coming.step)
+    coming.finish()
 
 
 @contextmanager

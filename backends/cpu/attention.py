@@ -17,6 +17,7 @@ from turboquant_np._spec import CodecSpec
 from .array_fields import DESCRIBE, describe
 from .attend_call import CALL, NUMBERS, ROTATED_ROWS, attend_scratch_bytes
 from .attention_cut import Cut, cut
+from .byte_planes import in_planes, planes_order
 from .codec import address, check_status, constants_of
 from .compile import Kernel, compile_function, compiled
 from .kernels import Plan
@@ -256,7 +257,10 @@ def _make(key_spec: CodecSpec, value_spec: CodecSpec) -> Prepared:
     plan = Plan("attend", key_spec.head_dim, key_spec.bits, value_bits=value_spec.bits)
     width = target().width
     into = rotating_into(key_spec, range(registers_of(plan.dim, width) * width))
-    out_of = rotating_out_of(value_spec, value_order(plan.value_bits, plan.dim, width))
+    order = value_order(plan.value_bits, plan.dim, width)
+    if in_planes(target(), plan.dim, plan.value_bits):
+        order = planes_order(plan.dim)
+    out_of = rotating_out_of(value_spec, order)
     return prepare(key_spec, value_spec, plan, (into, out_of))
 
 

@@ -71,6 +71,9 @@ class BatchDecoder:
         following = s.b.add(following, s.times(memory.vector_pitch, 3 * quarter))
         with s.loop(s.width) as u:
             memory.fetch(following, quarter, u, s.width)
+            # codes too: one line each, at 4 bits, is more than some processors fetch in time
+            coming = s.b.mul(s.b.add(s.at(first, s.width), u), self.a.source_pitch)
+            s.prefetch(s.at(self.a.source, coming), packed_bytes(plan.dim, plan.bits))
             number = self.memory.number(first, u)
             row = s.at(memory.rows, s.times(u, memory.pitch))
             places = [memory.size * k for k in range(plan.dim // s.width)]

@@ -49,6 +49,10 @@ define <16 x i32> @funnel(<16 x i32> %a, <16 x i32> %b) {
   ret <16 x i32> %r
 }
 declare <16 x i32> @llvm.fshl.v16i32(<16 x i32>, <16 x i32>, <16 x i32>)
+define <64 x i8> @permute(<64 x i8> %a, <64 x i8> %b) {
+  %r = shufflevector <64 x i8> %a, <64 x i8> %b, <64 x i32> <ORDER>
+  ret <64 x i8> %r
+}
 define <4 x float> @extend(<4 x half> %a) {
   %r = fpext <4 x half> %a to <4 x float>
   ret <4 x float> %r
@@ -68,6 +72,7 @@ class Target:
     has_half: bool
     has_pause: bool
     has_funnel: bool  # a shift across two registers in one instruction
+    permutes_bytes: bool  # of two registers of 64, in one instruction
 
 
 @cache
@@ -75,7 +80,8 @@ def target() -> Target:
     """The CPU Numba compiles for, and what LLVM makes of it."""
     triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
-    assembly = machine.emit_assembly(llvm.parse_assembly(_PROBE))
+    order = ", ".join(f"i32 {i * 37 % 128}" for i in range(64))
+    assembly = machine.emit_assembly(llvm.parse_assembly(_PROBE.replace("ORDER", order)))
     x86 = triple.startswith("x86_64")
     if x86 and "zmm" in assembly:
         level, width, registers = "avx512", 16, 16
@@ -85,7 +91,8 @@ def target() -> Target:
         level, width, registers = "generic", 4, 16
     has_fma = any(name in assembly for name in ("vfmadd", "fmla"))
     has_half = any(name in assembly for name in ("vcvtph2ps", "fcvtl"))
-    return Target(cpu, level, width, registers, has_fma, has_half, x86, "vpshldd" in assembly)
+    funnel, permutes = "vpshldd" in assembly, "vpermt2b" in assembly or "vpermi2b" in assembly
+    return Target(cpu, level, width, registers, has_fma, has_half, x86, funnel, permutes)
 
 
 def vector(of: Any, lanes: int) -> Any:

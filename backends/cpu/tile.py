@@ -15,11 +15,9 @@ from .packing import packed_bytes
 from .simd import I8, Register, Simd, Table, Value, vector
 
 TILE = 64  # tokens
-REGISTERS_AT_ONCE = 4  # of tokens of a key's coordinate, or of coordinates of a value
-
 Body = Callable[[Value, list[Register]], None]
 Address = Callable[[Value], Value]
-Chore = Callable[[Value], None]
+Chore = Callable[[], None]
 
 
 class LaneGroup(NamedTuple):
@@ -27,6 +25,15 @@ class LaneGroup(NamedTuple):
 
     start: int
     codes: int
+
+
+def registers_at_once(width: int) -> int:
+    """Registers of tokens of a key's coordinate, or of coordinates of a value, for each row.
+
+    With the rows of a block (attend.rows_at_once) as many sums as registers can hold beside
+    tables.  Where 16 registers of 8 lanes are few, more rows share what is looked up.
+    """
+    return 2 if width == 8 else 4
 
 
 def registers_of(dim: int, width: int) -> int:
@@ -155,27 +162,25 @@ class LookedUpKeys:
         self.windows, self.table, self.chore = windows, table, chore
 
     def each_coordinate(self, half: Value, tokens: Value, body: Body) -> None:
-        """body(coordinate, its centroids for REGISTERS_AT_ONCE registers of tokens).
+        """body(coordinate, its centroids for some registers of tokens).
 
         half : 0 or 1, of the lanes of windows
         tokens : number of the first register of tokens
         """
         w, s = self.windows, self.windows.s
-        share = -(-REGISTERS_AT_ONCE // len(w.groups))  # of the chores of a lane of tokens
+        at_once = registers_at_once(s.width)
+        share = -(-at_once // len(w.groups))  # of the chores of a lane of tokens
         for number, group in enumerate(w.groups):
-            chores = range(number * share, min((number + 1) * share, REGISTERS_AT_ONCE))
+            chores = range(number * share, min((number + 1) * share, at_once))
             with s.loop(s.width // 2) as i:
                 lane = s.b.add(s.times(half, s.width // 2), i)
                 here = w.place(number, lane, tokens)
                 first = s.at(s.times(lane, group.codes), group.start)
                 for k in range(group.codes):
                     turn = slice(*(len(chores) * n // group.codes for n in (k, k + 1)))
-                    for register in chores[turn]:
-                        self.chore(s.at(s.times(s.at(tokens, register), s.width), lane))
-                    codes = [
-                        w.codes(group, k, s.at(here, 4 * s.width * t))
-                        for t in range(REGISTERS_AT_ONCE)
-                    ]
+                    for _ in chores[turn]:
+                        self.chore()
+                    codes = [w.codes(group, k, s.at(here, 4 * s.width * t)) for t in range(at_once)]
                     body(s.at(first, k), [self.table(code) for code in codes])
 
 
@@ -203,7 +208,7 @@ class PackedValues:
         dim: int,
         packed: Address,
         table: Table,
-        chore: Chore = lambda token: None,
+        chore: Chore = lambda: None,
     ) -> None:
         self.s, self.bits, self.dim = s, bits, dim
         self.packed, self.table, self.chore = packed, table, chore
