@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from turboquant_np import TurboQuant
-from turboquant_np.backends.cuda.attention_plan import Layout, Plan, Shapes, make_plan
+from turboquant_np.backends.cuda.attention_plan import make_plan
+from turboquant_np.backends.cuda.attention_shapes import Layout, Plan, Shapes
 
 nvrtc: Any = pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
 arguments: Any = importlib.import_module("turboquant_np.backends.cuda.attention_arguments")

@@ -12,9 +12,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from turboquant_np import TurboQuant
-from turboquant_np.backends.cuda import attention_plan
+from turboquant_np.backends.cuda import attention_plan, attention_shapes
 from turboquant_np.backends.cuda.attention_constants import make_constants, table_gain
-from turboquant_np.backends.cuda.attention_plan import Layout, Plan, Shapes, make_plan
+from turboquant_np.backends.cuda.attention_plan import make_plan
+from turboquant_np.backends.cuda.attention_shapes import Layout, Plan, Shapes
 
 SMS = 132
 
@@ -219,9 +220,9 @@ def test_loads_are_aligned_and_cover_the_vector(
     k_bits: int, v_bits: int, head_dim: int, address: int
 ) -> None:
     for spec, lanes in zip(specs((k_bits, v_bits), head_dim), (4, 8), strict=True):
-        run = attention_plan.run_bytes(spec, lanes)
+        run = attention_shapes.run_bytes(spec, lanes)
         assert run * lanes >= spec.packed_dim
-        width = attention_plan.load_width(run, spec.packed_dim, address, 3 * spec.packed_dim)
+        width = attention_shapes.load_width(run, spec.packed_dim, address, 3 * spec.packed_dim)
         assert width in (1, 2, 4, 8, 16)
         for number in (run, spec.packed_dim, address):
             assert number % width == 0

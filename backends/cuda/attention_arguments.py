@@ -17,7 +17,7 @@ from turboquant_np._attention_checks import AttentionBatch
 
 from .attention_constants import Constants
 from .attention_launches import DTYPE_NUMBERS, Address, FullPages, Launch
-from .attention_plan import Plan
+from .attention_shapes import Plan
 from .source import variant_source
 
 LOG2_E = 1.4426950408889634

@@ -14,15 +14,8 @@ import numpy.typing as npt
 from turboquant_np._attention_checks import AttentionBatch
 
 from .attention_constants import Constants
-from .attention_plan import (
-    MANY_DIMS,
-    MERGE_WARPS,
-    WINDOW_THREADS,
-    Layout,
-    Plan,
-    Shapes,
-    window_rows,
-)
+from .attention_plan import WINDOW_THREADS, window_rows
+from .attention_shapes import MANY_DIMS, MERGE_WARPS, Layout, Plan, Shapes
 
 QUERY_WARPS = 8  # rows of a block of attention_query
 DENSE_ROWS, DENSE_THREADS = 8, 128

@@ -9,10 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from turboquant_np._spec import CodecSpec
+
+from .attention_prefill_plan import PREFILL_DIMS, prefill_plan
+from .attention_shapes import (
+    LEAST_PARTS,
+    MERGE_WARPS,
+    Plan,
+    Shapes,
+    load_width,
+    max_items,
+    run_bytes,
+    scratch_layout,
+)
 
 SPLIT_TILE_ROWS = 16  # query rows of one matrix product
 SPLIT_UNIT = 64  # tokens that a block of attention_split handles at once
@@ -34,115 +44,14 @@ MOST_SUMS = 512  # row tiles times head_dim, whose sums fit the registers of a w
 WIDE_HEADS, WIDE_PAGES = 4, 4  # kv heads of a block of attention_wide, pages that it takes at once
 WIDE_THREADS = 640
 WIDE_MERGED_ROWS = 64  # output rows that its warps merge at a time
-PREFILL_DIMS = (64, 96, 128)  # head_dim of attention_prefill
-PREFILL_ROWS, PREFILL_TILE = 192, 64  # query rows of a block, tokens of a tile
-PREFILL_STAGES, PREFILL_THREADS = 3, 512
 FEW_SEQUENCES = 128  # that attention_pages can plan by itself
 PAGES_SHARED_BYTES = 231424  # the most a block may have, less 1 KB
 
-MERGE_WARPS = 8  # of a block of attention_merge
-MANY_DIMS = 32  # of a lane of attention_query_many and attention_merge_many
 MERGED_ROWS = 32  # that a block of attention_pages merges at a time; more get a launch of their own
 UNEVEN_MERGED_ROWS = 16  # at head_dim 96, where a warp has one row at a time
-LEAST_PARTS = 4  # of an output row that a warp of attention_merge takes
 SCRATCH_SHARE = 0.018  # of a long packed cache; with more, there are half as many parts
 MANY_TOKENS = 65536
 WINDOW_THREADS = 128
-ALIGNMENT = 256  # of each part of the scratch memory
-
-
-class Layout(NamedTuple):
-    """Where a paged array lies: address and strides in bytes."""
-
-    address: int
-    block: int
-    token: int
-    head: int
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The numbers of an AttentionBatch that decide the plan.
-
-    Attributes
-    ----------
-    num_tokens, num_seqs, num_kv_heads, group, max_blocks, block_size : int
-    query_len : int, query tokens of each sequence; 0 if ragged
-    soft_cap : bool
-    full_pages : bool, whether there are tokens in full precision, too
-    wide_query : bool, whether rows of the query can be read 16 bytes at a time
-    k_layout, v_layout, kn_layout, vn_layout : Layout
-        Of the packed codes and of the norms.
-    """
-
-    num_tokens: int
-    num_seqs: int
-    query_len: int
-    num_kv_heads: int
-    group: int
-    max_blocks: int
-    block_size: int
-    soft_cap: bool
-    full_pages: bool
-    wide_query: bool
-    k_layout: Layout
-    v_layout: Layout
-    kn_layout: Layout
-    vn_layout: Layout
-
-    @property
-    def num_query_rows(self) -> int:
-        return self.num_tokens * self.num_kv_heads * self.group
-
-    @property
-    def rows_per_seq(self) -> float:
-        """Query rows of a kv head; of a ragged batch the mean."""
-        return (self.query_len or self.num_tokens / max(1, self.num_seqs)) * self.group
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Launch of one attention step.
-
-    Attributes
-    ----------
-    source, kernel : str, what computes the parts
-    macros : the variant of the source
-    options : for the compiler
-    grid : (ranges, groups of kv heads); a block writes parts of the items in its range.  Of
-        attention_prefill (items times kv heads, splits)
-    threads, shared_bytes : int, of a block
-    tile_rows : int, query rows of an item
-    fused : bool, whether attention_pages is the only launch
-    merge_warps : int, warps of a merge that share an output row
-    slots : int, upper bound of the parts of one kv head
-    scratch : {name: (offset, bytes)}, parts of the scratch memory
-    scratch_bytes : int
-    """
-
-    source: str
-    kernel: str
-    macros: Mapping[str, int]
-    options: tuple[str, ...]
-    grid: tuple[int, int]
-    threads: int
-    shared_bytes: int
-    tile_rows: int
-    fused: bool
-    merge_warps: int
-    slots: int
-    scratch: Mapping[str, tuple[int, int]]
-    scratch_bytes: int
-
-    @property
-    def num_ranges(self) -> int:
-        """Ranges of attention_split and its like, parts of an output row of attention_prefill."""
-        return self.grid[self.kernel == "attention_prefill"]
-
-    @property
-    def many_rows(self) -> bool:
-        """Whether the launches before and behind the parts take MANY_ROWS at once."""
-        return bool(self.macros.get("MANY_ROWS"))
 
 
 def make_plan(
@@ -170,7 +79,7 @@ def make_plan(
         "BLOCK_SIZE": shapes.block_size,
     }
     if bulk_copies and key.head_dim in PREFILL_DIMS and shapes.rows_per_seq > PAGES_MOST_ROWS:
-        return _prefill_plan(key, value, shapes, num_sms, macros, dense)
+        return prefill_plan(key, value, shapes, num_sms, macros, dense)
     order = page_order(key, value, shapes) if bulk_copies else None
     if order is None:
         macros |= {
@@ -242,60 +151,6 @@ def make_plan(
     return whole
 
 
-def _prefill_plan(
-    key: CodecSpec,
-    value: CodecSpec,
-    shapes: Shapes,
-    num_sms: int,
-    macros: Mapping[str, int],
-    dense: bool,
-) -> Plan:
-    """A block for each tile of query rows and kv head, or several, which split its tokens."""
-    macros = {
-        **macros,
-        "PREFILL": 1,
-        "FUSED": 0,
-        "UNIT": PREFILL_TILE,
-        "K_ALIGN": load_width(run_bytes(key, 4), key.packed_dim, *shapes.k_layout),
-        "V_ALIGN": load_width(run_bytes(value, 4), value.packed_dim, *shapes.v_layout),
-    }
-    items = max_items(shapes, PREFILL_ROWS)
-    tiles = -(-shapes.max_blocks * shapes.block_size // PREFILL_TILE)
-    blocks = items * shapes.num_kv_heads
-    splits = max(1, min(num_sms // max(1, blocks), tiles))
-    scratch, scratch_bytes = scratch_layout(
-        key.head_dim, shapes, items * splits * shapes.num_kv_heads * PREFILL_ROWS, dense
-    )
-    warps = MERGE_WARPS
-    while warps > 1 and splits < LEAST_PARTS * warps:
-        warps //= 2
-    many = shapes.wide_query and not dense and key.head_dim != 96 and warps == 1
-    macros["MANY_ROWS"] = int(many)
-    return Plan(
-        "attention_prefill.cu",
-        "attention_prefill",
-        macros,
-        ("-arch=sm_90a", "-std=c++17"),
-        (blocks, splits),
-        PREFILL_THREADS,
-        prefill_shared_bytes(key, value),
-        PREFILL_ROWS,
-        False,
-        warps,
-        items * splits,
-        scratch,
-        scratch_bytes,
-    )
-
-
-def prefill_shared_bytes(key: CodecSpec, value: CodecSpec) -> int:
-    """PREFILL_BYTES of attention_prefill: tables, stages of tiles, query rows, the rest."""
-    tables = sum(128 << (2 * q.bits if q.bits <= 4 else q.bits) for q in (key, value))
-    rows = 2 * PREFILL_STAGES * PREFILL_TILE + PREFILL_ROWS
-    norms = PREFILL_STAGES * 2 * PREFILL_TILE * 4
-    return tables + rows * key.head_dim * 2 + norms + 32 * PREFILL_STAGES + PREFILL_ROWS // 8
-
-
 def _plan(
     kernel: str,
     macros: Mapping[str, int],
@@ -343,28 +198,6 @@ def _plan(
         scratch,
         scratch_bytes,
     )
-
-
-def scratch_layout(
-    head_dim: int, shapes: Shapes, part_rows: int, dense: bool
-) -> tuple[dict[str, tuple[int, int]], int]:
-    """Offset and size of each part of the scratch memory, and the size of all."""
-    q_rows = shapes.num_query_rows
-    sizes = {
-        "q_rows": q_rows * _round_up(head_dim, 32) * 2,
-        "q_factors": q_rows * 8,
-        "plan": 16 * (shapes.num_seqs + 1),
-        "parts": part_rows * _round_up(head_dim, 8) * 2,
-        "part_scales": part_rows * 8,
-        "rows": q_rows * head_dim * 4 if dense else 0,
-        "other_out": q_rows * head_dim * 4 if shapes.full_pages else 0,
-        "other_lse": q_rows * 4 if shapes.full_pages else 0,
-    }
-    scratch, offset = {}, 0
-    for name, size in sizes.items():
-        scratch[name] = (offset, size)
-        offset += _round_up(size, ALIGNMENT)
-    return scratch, offset
 
 
 def page_order(key: CodecSpec, value: CodecSpec, shapes: Shapes) -> str | None:
@@ -478,29 +311,6 @@ def window_rows(rows_of_a_sequence: int) -> int:
     return 4 if rows_of_a_sequence <= 4 else 8
 
 
-def max_items(shapes: Shapes, tile_rows: int) -> int:
-    """Most (sequence, tile of rows) pairs that a batch of these shapes can have."""
-    if shapes.query_len:
-        return shapes.num_seqs * -(-shapes.query_len * shapes.group // tile_rows)
-    return shapes.num_tokens * shapes.group // tile_rows + shapes.num_seqs
-
-
-def run_bytes(spec: CodecSpec, lanes: int) -> int:
-    """Bytes of the codes that one of `lanes` lanes reads of a vector: whole groups of 8 codes."""
-    octets = -(-spec.head_dim // 8)
-    return -(-octets // lanes) * spec.bits
-
-
-def load_width(run: int, packed_dim: int, *addresses: int) -> int:
-    """Bytes that one load of codes may take: a power of two that divides every address."""
-    width = math.gcd(16, run, packed_dim, *addresses)
-    return width & -width
-
-
 def blocks_per_sm(head_dim: int) -> int:
     """Blocks of attention_split that fit one multiprocessor by their registers."""
     return 3 if head_dim <= 128 else 2
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

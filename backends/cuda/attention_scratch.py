@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .attention_plan import ALIGNMENT
+from .attention_shapes import ALIGNMENT
 
 buffers: dict[tuple[int, int], Any] = {}
 captured: list[Any] = []  # what a graph may still read or write
