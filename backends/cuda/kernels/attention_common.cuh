@@ -110,6 +110,20 @@ __device__ __forceinline__ const float* offset_of(const Args& a, int s, int kv_h
   return a.key_offset + ((i64)(a.offset_slots ? a.offset_slots[s] : s) * a.num_kv_heads + kv_head) * D;
 }
 
+// ---- softmax weights in float16
+
+// Weights times the norms of values go to float16 as p * (norm * up); `up` begins at 2^100 and is a power of
+// two that keeps norm * up below NORM_LIMIT, which leaves 2^5 for p.
+#define FIRST_UP 1.2676506e30f
+#define NORM_LIMIT 1024.f
+// Makes norm * up 8 to 16 if it is above the limit; returns what earlier sums are to be multiplied by.
+__device__ __forceinline__ float lower_up(float norm, float& up) {
+  if (!(norm * up > NORM_LIMIT)) return 1.f;
+  const float next = __uint_as_float((257 - min(__float_as_uint(norm) >> 23, 250u)) << 23), change = next / up;
+  up = next;
+  return change;
+}
+
 // ---- the work list
 
 __device__ __forceinline__ u64 divide(u64 a, u32 b) {  // 32-bit division is several times faster

@@ -56,7 +56,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
     for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
       for (int e = 0; e < 2; e++) top[n][e] = NEVER, sum[n][e] = 0.f;
-    float up = 1.2676506e30f;  // 2^100; see NORM_LIMIT below
+    float up = FIRST_UP;
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
@@ -155,8 +155,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
           if (t > rows.high || t < rows.low) vn[p][e] = 0.f;
         }
     }
-    // Exponents relative to a lazy running maximum.  Weights p * norm go to float16 as
-    // p * (norm * up), p <= 2^5; `up` is a power of two that keeps norm * up below 2^10.
+    // Exponents relative to a lazy running maximum, so that p <= 2^5.
     float y[SUB][ROW_TILES][4], above = NEVER, norm = 0.f;
     auto subtract_top = [&] {
 #pragma unroll
@@ -175,14 +174,7 @@ __device__ __forceinline__ void consume(const Args& a, const i64* plan, u32 smem
       norm = fmaxf(norm, fmaxf(fabsf(vn[p][0]), fabsf(vn[p][1])));
     }
     if (__any_sync(FULL_WARP, above > LAZY || norm * up > NORM_LIMIT)) {
-      float change = 1.f;
-      norm = warp_max(norm);
-      if (norm * up > NORM_LIMIT) {  // norm * up becomes 8 to 16
-        const u32 exponent = __float_as_uint(norm) >> 23;
-        const float next = __uint_as_float((257 - min(exponent, 250u)) << 23);
-        change = next / up;
-        up = next;
-      }
+      const float change = lower_up(warp_max(norm), up);
 #pragma unroll
       for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll

@@ -4,7 +4,6 @@
 #include "attention_prefill_layout.cuh"
 #include "attention_wgmma.cuh"
 
-#define NORM_LIMIT 1024.f
 #define WEIGHT_LIMIT 0x7800  // 2^15 as float16
 
 // The largest factor of the scores of a block's rows; for all threads, with a barrier.
@@ -68,7 +67,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
 
   // x: [tokens 8 j + 2 c, + 1][row g: 0, 1; g + 8: 2, 3]; o likewise with dims.
   float x[TILE_TOKENS / 2], o[D / OUT_DIMS][SUMS], top[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
-  float up = 1.2676506e30f;  // 2^100; value norms are multiplied by it, see NORM_LIMIT
+  float up = FIRST_UP;
 #pragma unroll
   for (int b = 0; b < D / OUT_DIMS; b++)
 #pragma unroll
@@ -100,8 +99,8 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
   for (int u = share.begin; u < share.end; u++) {
     const u32 norms = smem + NORMS_AT + stage * NORM_BYTES + 16 * c;  // a pair of tokens: of keys, of values
     barrier_wait(prefill_barrier(smem, VALUE_FULL, stage), phase);
-    // Weights relative to a running maximum, times the norms of the values and `up`, a power of two, go
-    // to float16.  The maximum of an earlier tile is tried first, and kept if nothing exceeds 2^15.
+    // Weights are relative to a running maximum.  That of an earlier tile is tried first, and kept if no
+    // weight in float16 exceeds 2^15.
     u32 p[TILE_TOKENS / 16][4];
     float more[2];
     auto weigh = [&](bool scores_lack_norms) {
@@ -151,14 +150,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Share& share, u32 
       }
 #pragma unroll
       for (int i = 0; i < TILE_TOKENS / 2; i++) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], x[i]);
-      float change = 1.f;
-      norm = warp_max(norm);
-      if (norm * up > NORM_LIMIT) {  // norm * up becomes 8 to 16
-        const u32 exponent = __float_as_uint(norm) >> 23;
-        const float next = __uint_as_float((257 - min(exponent, 250u)) << 23);
-        change = next / up;
-        up = next;
-      }
+      const float change = lower_up(warp_max(norm), up);
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         float now = fmaxf(most[e], __shfl_xor_sync(FULL_WARP, most[e], 1));

@@ -15,7 +15,6 @@
 #define FITTING_STAGES ((NUM_SMEM - RING_AT) / STAGE_BYTES)
 #define STAGES (FITTING_STAGES > 24 ? 24 : FITTING_STAGES)
 #define LAZY 5.f           // raise the maximum only if exceeded by 2^5
-#define NORM_LIMIT 1024.f  // 2^5 * 2^10 fits float16
 
 #define COPY_TOKENS (PAGE * COPY_PAGES)
 #define STAGE_COPIES (STAGE_PAGES / COPY_PAGES)

@@ -25,7 +25,6 @@
 #define V_PACKED ((D * VALUE_BITS + 7) / 8)
 #define TILES (V_OCTETS * 8)             // of 8 dims each in O
 #define LAZY 5.f                         // raise the maximum only if exceeded by 2^5
-#define NORM_LIMIT 1024.f                // 2^5 * 2^10 fits float16
 
 // Code i of a run: the first index has the high bits.
 template <int BITS, int WORDS> __device__ __forceinline__ u32 code(const u32 (&w)[WORDS], int i) {
@@ -86,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attention_s
 #pragma unroll
     for (int i = 0; i < TILES; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
     float top[2] = {NEVER, NEVER}, sum[2] = {0.f, 0.f};
-    float up = 1.2676506e30f;  // 2^100; value norms are multiplied by it, see below
+    float up = FIRST_UP;
 
     for (int u = segment.begin; u < segment.begin + segment.count; u++) {
       const int t0 = u * UNIT + warp * 16;
@@ -147,21 +146,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attention_s
           }
       }
 
-      // Lazy running maximum.  Weights p * norm go to float16 as p * (norm * up), p <= 2^5;
-      // `up` is a power of two that keeps norm * up below 2^10.
+      // Exponents relative to a lazy running maximum, so that p <= 2^5.
       float now[2], norm = fmaxf(fmaxf(fabsf(vn[0]), fabsf(vn[1])), fmaxf(fabsf(vn[2]), fabsf(vn[3])));
 #pragma unroll
       for (int e = 0; e < 2; e++)
         now[e] = fmaxf(fmaxf(x[0][2 * e], x[0][2 * e + 1]), fmaxf(x[1][2 * e], x[1][2 * e + 1]));
       if (__any_sync(FULL_WARP, now[0] > top[0] + LAZY || now[1] > top[1] + LAZY || norm * up > NORM_LIMIT)) {
-        float change = 1.f;
-        norm = warp_max(norm);
-        if (norm * up > NORM_LIMIT) {  // norm * up becomes 8 to 16
-          const u32 exponent = __float_as_uint(norm) >> 23;
-          const float next = __uint_as_float((257 - (exponent < 250 ? exponent : 250)) << 23);
-          change = next / up;
-          up = next;
-        }
+        const float change = lower_up(warp_max(norm), up);
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           now[e] = fmaxf(now[e], __shfl_xor_sync(FULL_WARP, now[e], 1));

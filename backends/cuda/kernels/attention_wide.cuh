@@ -146,7 +146,7 @@ __device__ __forceinline__ void consume_wide(const Args& a, const i64* plan, u32
     for (int b = 0; b < OUT_TILES; b++)
 #pragma unroll
       for (int i = 0; i < 4 * ROW_TILES; i++) o[b][i] = 0.f;
-    float up = 1.2676506e30f;  // 2^100; see NORM_LIMIT
+    float up = FIRST_UP;
 
 #pragma unroll 1
     for (int u = segment.begin; u < segment.begin + segment.count; u++) {
@@ -242,13 +242,7 @@ __device__ __forceinline__ void consume_wide(const Args& a, const i64* plan, u32
         if (lane == 0) mine.norms[quarter] = largest_here;
         named_barrier(meeting, HEAD_THREADS);
         const float largest = fmaxf(fmaxf(mine.norms[0], mine.norms[1]), fmaxf(mine.norms[2], mine.norms[3]));
-        float change = 1.f;
-        if (largest * up > NORM_LIMIT) {  // largest * up becomes 8 to 16
-          const u32 exponent = __float_as_uint(largest) >> 23;
-          const float next = __uint_as_float((257 - min(exponent, 250u)) << 23);
-          change = next / up;
-          up = next;
-        }
+        const float change = lower_up(largest, up);
 #pragma unroll
         for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
