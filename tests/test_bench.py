@@ -364,6 +364,16 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     assert found["first encode, kernels cached"].met is False
 
 
+def test_the_multiply_add_goal_is_of_that_limit_even_where_memory_binds() -> None:
+    about = document()["about"] | {"options": {"device": "cpu", "sections": ["attention"]}}
+    step = {"section": "attention", "operation": "step", "threads": 2, "limit": "read"}
+    step |= {"rooflines": {"read": 4e10, "multiply-add": 2e11}, "share": 0.5}
+    rows = [{**step, **vars(AttentionCase()), "operations_per_second": 6e10}]
+    found = {goal.what: goal for goal in goals(document(about=about, lines=rows))}
+    goal = found["attention step, 2 cores, of the multiply-add peak"]
+    assert goal.measured == pytest.approx(0.3)
+
+
 def test_goals_of_a_gpu() -> None:
     about = document()["about"] | {"options": {"device": "cuda", "sections": list(SECTIONS)}}
     case = vars(AttentionCase(batch=32, dtype="float16"))

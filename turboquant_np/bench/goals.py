@@ -64,10 +64,15 @@ def _find(rows: Rows, key: str, **settings: Any) -> float | None:
     return None if row is None else float(row[key])
 
 
+def _share(rows: Rows, rate: str, limit: str, **settings: Any) -> float | None:
+    """`rate` of the row that has these settings, over one of its rooflines."""
+    row = _row(rows, **settings)
+    return None if row is None else float(row[rate] / row["rooflines"][limit])
+
+
 def _share_of_copy(rows: Rows, **settings: Any) -> float | None:
     """Bytes a second over those of a device-to-device copy."""
-    row = _row(rows, **settings)
-    return None if row is None else float(row["bytes_per_second"] / row["rooflines"]["copy"])
+    return _share(rows, "bytes_per_second", "copy", **settings)
 
 
 def _codec(lines: Rows, peers: Rows) -> Iterator[Goal]:
@@ -108,7 +113,8 @@ def _attention(lines: Rows, peers: Rows) -> Iterator[Goal]:
     """One sequence, 32 query and 8 kv heads of 128, 4 bits, two cores."""
     base = {"section": "attention", "batch": 1, "threads": 2, "head_dim": 128}
     step = {**base, "operation": "step", "context": 8192}
-    share = _find(lines, "share", key_bits=4, value_bits=4, group=4, **step)
+    bits = {"key_bits": 4, "value_bits": 4}
+    share = _share(lines, "operations_per_second", "multiply-add", group=4, **bits, **step)
     yield Goal("attention step, 2 cores, of the multiply-add peak", 0.75, "", share)
     for peer, operation, context, needed in (
         ("torch SDPA bfloat16", "step", 8192, 3.5),
