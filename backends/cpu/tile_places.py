@@ -19,7 +19,7 @@ def locate(s: Simd, call: Fields, unit: Fields, first: Value, heads: Value, offs
     b = s.b
     block_size, final = call["block_size"], b.sub(unit["stop"], s.int64(1))
     start = b.select(b.icmp_signed("<", first, final), first, final)
-    strides = [name.replace("_codes", "").replace("_norms", "_norm") for name in OFFSETS]
+    strides = [_strides_of(name) for name in OFFSETS]
     by_block = [call[f"{stride}_block"] for stride in strides]
     by_token = [call[f"{stride}_token"] for stride in strides]
     skips = [b.mul(heads, call[f"{stride}_head"]) for stride in strides]
@@ -45,10 +45,14 @@ def locate(s: Simd, call: Fields, unit: Fields, first: Value, heads: Value, offs
 def places_of(s: Simd, name: str, call_address: Value, head: Value, offsets: Value) -> Address:
     """Where one head of a tile's tokens lies in an array."""
     call = Fields(s, call_address, CALL)
-    stride = name.replace("_codes", "").replace("_norms", "_norm")
-    base = s.at(call[name], s.b.mul(head, call[f"{stride}_head"]))
+    base = s.at(call[name], s.b.mul(head, call[f"{_strides_of(name)}_head"]))
     column = 8 * TILE * OFFSETS.index(name)
     return lambda token: s.at(base, s.load(I64, offsets, s.at(s.times(token, 8), column)))
+
+
+def _strides_of(name: str) -> str:
+    """What the strides of an array are called after: "key_codes" has "key_head"."""
+    return name.replace("_codes", "").replace("_norms", "_norm")
 
 
 def gather_norms(s: Simd, call_address: Value, head: Value, here: Value, norms: Value) -> None:

@@ -55,10 +55,11 @@ def attention_beside(
                 batch = replace(batch, key_offset=cupy.ascontiguousarray(offset))
             step = _step(key_spec, value_spec, batch, full)
             stream = cupy.cuda.get_current_stream()
+            capturing = stream.is_capturing()
             with _launching:  # nothing comes between the launches that share a stream's scratch
-                for launch in _bind(step, batch, full, stream):
+                for launch in _bind(step, batch, full, stream, capturing):
                     launch()
-            if stream.is_capturing():
+            if capturing:
                 # The caller need not hold them: lse may be unasked for, the others copies.
                 captured.append((batch.query, batch.key_offset, batch.lse, full))
 
@@ -69,8 +70,9 @@ def prepare(
     """The launches of a step on the current stream, with everything compiled and filled in."""
     import cupy
 
+    stream = cupy.cuda.get_current_stream()
     step = _step(key_spec, value_spec, batch, None)
-    return _bind(step, batch, None, cupy.cuda.get_current_stream())
+    return _bind(step, batch, None, stream, stream.is_capturing())
 
 
 def release_captured() -> None:
@@ -147,10 +149,14 @@ def _compiled(
 
 
 def _bind(
-    step: CompiledStep, batch: AttentionBatch, full: FullPages | None, stream: Any
+    step: CompiledStep,
+    batch: AttentionBatch,
+    full: FullPages | None,
+    stream: Any,
+    capturing: bool,
 ) -> list[Callable[[], None]]:
     device = batch.query.data.device_id
-    scratch = _address(scratch_of(device, stream, step.plan.scratch_bytes))
+    scratch = _address(scratch_of(device, stream, step.plan.scratch_bytes, capturing))
     barrier = barrier_of(device, int(stream.ptr))
     arguments = fill_arguments(batch, step, _address, scratch, barrier, full)
     return [

@@ -12,7 +12,7 @@ buffers: dict[tuple[int, int], Any] = {}
 captured: list[Any] = []  # what a graph may still read or write
 
 
-def scratch_of(device: int, stream: Any, size: int) -> Any:
+def scratch_of(device: int, stream: Any, size: int, capturing: bool) -> Any:
     """Scratch memory of a stream, kept between calls; it grows and never shrinks."""
     import cupy
 
@@ -20,7 +20,7 @@ def scratch_of(device: int, stream: Any, size: int) -> Any:
     buffer = buffers.get(key)
     if buffer is None or buffer.nbytes < size:
         buffer = buffers[key] = cupy.empty(size, np.uint8)
-    if stream.is_capturing() and not any(buffer is b for b in captured):
+    if capturing and not any(buffer is b for b in captured):
         captured.append(buffer)
     return buffer
 

@@ -28,23 +28,6 @@ __device__ __forceinline__ void flip_eighth(float (&v)[LANE_DIMS], u64 early, co
 #pragma unroll
   for (int i = 0; i < LANE_DIMS; i++) v[i] *= bits >> i & 1 ? -gain : gain;
 }
-__device__ __forceinline__ void transform_eighth(float (&v)[LANE_DIMS], int part) {
-#pragma unroll
-  for (int h = 1; h < LANE_DIMS; h *= 2)
-#pragma unroll
-    for (int i = 0; i < LANE_DIMS; i++)
-      if (!(i & h)) {
-        const float y = v[i], z = v[i + h];
-        v[i] = y + z;
-        v[i + h] = y - z;
-      }
-#pragma unroll
-  for (int h = 1; h < 8; h *= 2) {
-    const float sign = part & h ? -1.f : 1.f;
-#pragma unroll
-    for (int i = 0; i < LANE_DIMS; i++) v[i] = fmaf(v[i], sign, __shfl_xor_sync(FULL_WARP, v[i], h));
-  }
-}
 // Dims of a row of the query, 16 bytes at a time.
 template <int COUNT> __device__ __forceinline__ void load_dims(const Args& a, i64 at, float (&v)[COUNT]) {
   if (a.query_dtype == FLOAT32) {

@@ -22,24 +22,6 @@ __device__ __forceinline__ void flip_dims(float (&v)[DIMS], const u32* signs, in
 #pragma unroll
   for (int i = 0; i < DIMS; i++) v[i] = __uint_as_float(__float_as_uint(v[i]) ^ (negative << (31 - i) & 0x80000000u));
 }
-// Without the factor 1 / sqrt(D).
-__device__ __forceinline__ void transform_dims(float (&v)[DIMS], int part) {
-#pragma unroll
-  for (int h = 1; h < DIMS; h *= 2)
-#pragma unroll
-    for (int i = 0; i < DIMS; i++)
-      if (!(i & h)) {
-        const float y = v[i], z = v[i + h];
-        v[i] = y + z;
-        v[i + h] = y - z;
-      }
-#pragma unroll
-  for (int h = 1; h < ROW_LANES; h *= 2) {
-    const float sign = part & h ? -1.f : 1.f;
-#pragma unroll
-    for (int i = 0; i < DIMS; i++) v[i] = fmaf(v[i], sign, __shfl_xor_sync(FULL_WARP, v[i], h));
-  }
-}
 __device__ __forceinline__ float gain_of(int steps) {
   float gain = 1.f;
 #pragma unroll 1
@@ -69,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(32 * MANY_WARPS) attention_query_ma
 #pragma unroll 1
   for (int step = 0; step < a.k_steps; step++) {
     flip_dims(v, a.k_signs, step, part);
-    transform_dims(v, part);
+    transform_lanes<ROW_LANES>(v, part);
   }
 #pragma unroll
   for (int i = 0; i < DIMS; i++) largest = fmaxf(largest, fabsf(v[i]));
@@ -116,19 +98,11 @@ extern "C" __global__ void __launch_bounds__(32 * MANY_WARPS) attention_merge_ma
       for (int j = 0; j < 8; j++) x[8 * i + j] = fmaf(weight * scale.y, y[j], x[8 * i + j] * down);
     }
   }
-  float of_other = 0.f;  // weight of the other part, which is not rotated
-  if (a.other_out && parts.exists) {
-    const float other = a.other_lse[row] * LOG2_E, next = fmaxf(top, other), down = exp2_approx(top - next);
-    top = next;
-    of_other = exp2_approx(other - top);
-    sum = sum * down + of_other;
-#pragma unroll
-    for (int i = 0; i < DIMS; i++) x[i] *= down;
-  }
+  float of_other = parts.exists ? make_room_for_other(a, row, top, sum, x) : 0.f;
   __syncwarp();
 #pragma unroll 1
   for (int step = a.v_steps - 1; step >= 0; step--) {
-    transform_dims(x, part);
+    transform_lanes<ROW_LANES>(x, part);
     flip_dims(x, a.v_signs, step, part);
   }
   if (!parts.exists) return;

@@ -54,6 +54,18 @@ __device__ __forceinline__ PartsOfRow parts_of_row(const Args& a, const i64* pla
   return p;
 }
 
+// Weight of the other part of a row, which is not rotated, beside sums `x`, which are brought to the maximum of both.
+template <int COUNT> __device__ __forceinline__ float make_room_for_other(const Args& a, i64 row, float& top, float& sum, float (&x)[COUNT]) {
+  if (!a.other_out) return 0.f;
+  const float other = a.other_lse[row] * LOG2_E, next = fmaxf(top, other), down = exp2_approx(top - next);
+  const float weight = exp2_approx(other - next);
+  top = next;
+  sum = sum * down + weight;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) x[i] *= down;
+  return weight;
+}
+
 // The row of each warp of a block; a.merge_warps neighbours have the same.
 __device__ __forceinline__ void merge_rows(const Args& a, const PartsOfRow& parts, const Signs& signs,
                                            MergeSpace& space, int warp, int lane) {

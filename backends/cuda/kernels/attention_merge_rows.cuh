@@ -57,22 +57,14 @@ __device__ __forceinline__ void merge_four_rows(const Args& a, const PartsOfRow&
       }
     }
   }
-  float of_other = 0.f;  // weight of the other part, which is not rotated
-  if (a.other_out && parts.exists) {
-    const float other = a.other_lse[row] * LOG2_E, next = fmaxf(top, other), down = exp2_approx(top - next);
-    top = next;
-    of_other = exp2_approx(other - top);
-    sum = sum * down + of_other;
-#pragma unroll
-    for (int i = 0; i < LANE_DIMS; i++) x[i] *= down;
-  }
+  float of_other = parts.exists ? make_room_for_other(a, row, top, sum, x) : 0.f;
   const float inverse = sum > 0.f ? 1.f / sum : 0.f;
   of_other *= inverse;
 #pragma unroll
   for (int i = 0; i < LANE_DIMS; i++) x[i] *= a.value_factor * inverse;
 #pragma unroll 1
   for (int step = a.v_steps - 1; step >= 0; step--) {
-    transform_eighth(x, part);
+    transform_lanes<8>(x, part);
     flip_eighth(x, early, a.v_signs, step, part);
   }
   if (!parts.exists) return;

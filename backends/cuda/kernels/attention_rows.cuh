@@ -16,6 +16,24 @@
 #define TRANSFORM (D > 512 ? 512 : D > 256 ? 256 : D > 128 ? 128 : D > 64 ? 64 : D > 32 ? 32 : 16)
 #endif
 
+// Walsh-Hadamard transform of COUNT numbers of each of LANES neighbouring lanes, not normalised.
+template <int LANES, int COUNT> __device__ __forceinline__ void transform_lanes(float (&v)[COUNT], int lane) {
+#pragma unroll
+  for (int h = 1; h < COUNT; h *= 2)
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+      if (!(i & h)) {
+        const float x = v[i], y = v[i + h];
+        v[i] = x + y;
+        v[i + h] = x - y;
+      }
+#pragma unroll
+  for (int h = 1; h < LANES; h *= 2) {
+    const float sign = lane & h ? -1.f : 1.f;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) v[i] = fmaf(v[i], sign, __shfl_xor_sync(FULL_WARP, v[i], h));
+  }
+}
 __device__ __forceinline__ void flip_signs(float* x, const u32* signs, int lane) {
   for (int i = lane; i < D; i += 32) x[i] = signs[i >> 5] >> (i & 31) & 1 ? -x[i] : x[i];
   __syncwarp();
@@ -66,23 +84,6 @@ __device__ __forceinline__ void flip(float (&v)[PER_LANE], u32 bits) {
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) v[i] *= bits >> i & 1 ? -gain : gain;
 }
-__device__ __forceinline__ void transform_lanes(float (&v)[PER_LANE], int lane) {
-#pragma unroll
-  for (int h = 1; h < PER_LANE; h *= 2)
-#pragma unroll
-    for (int i = 0; i < PER_LANE; i++)
-      if (!(i & h)) {
-        const float x = v[i], y = v[i + h];
-        v[i] = x + y;
-        v[i + h] = x - y;
-      }
-#pragma unroll
-  for (int h = 1; h < 32; h *= 2) {
-    const float sign = lane & h ? -1.f : 1.f;
-#pragma unroll
-    for (int i = 0; i < PER_LANE; i++) v[i] = fmaf(v[i], sign, __shfl_xor_sync(FULL_WARP, v[i], h));
-  }
-}
 __device__ __forceinline__ void rotate_row(float* x, const Signs& known, const u32* signs, int steps, int lane) {
   float v[PER_LANE];
 #pragma unroll
@@ -90,7 +91,7 @@ __device__ __forceinline__ void rotate_row(float* x, const Signs& known, const u
 #pragma unroll 1
   for (int step = 0; step < steps; step++) {
     flip(v, signs_of_step(known, signs, step, lane));
-    transform_lanes(v, lane);
+    transform_lanes<32>(v, lane);
   }
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) x[PER_LANE * lane + i] = v[i];
@@ -102,7 +103,7 @@ __device__ __forceinline__ void rotate_row_back(float* x, const Signs& known, co
   for (int i = 0; i < PER_LANE; i++) v[i] = x[PER_LANE * lane + i];
 #pragma unroll 1
   for (int step = steps - 1; step >= 0; step--) {
-    transform_lanes(v, lane);
+    transform_lanes<32>(v, lane);
     flip(v, signs_of_step(known, signs, step, lane));
   }
 #pragma unroll

@@ -221,7 +221,7 @@ __device__ __forceinline__ float rotate_rows(const Args& a, const Segment& segme
 #pragma unroll 1
   for (int step = 0; step < a.k_steps; step++) {
     flip_eighth(v, early, a.k_signs, step, part);
-    transform_eighth(v, part);
+    transform_lanes<8>(v, part);
   }
   float largest = 0.f;
 #pragma unroll
